@@ -1,0 +1,77 @@
+"""From a range to scale and zero point.
+
+| range | scale | zero point |
+|---|---|---|
+| symmetric | amax / quant_max | 0 |
+| power of two | 2^ceil(log2 amax) / 2^(bits - 1), / 2^bits unsigned | 0 |
+| asymmetric, 0 inside | (max - min) / (quant_max - quant_min) | round(quant_min - min / scale) |
+| dead: zero, scale not a normal number, not finite | 1 | 0 |
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qatkit.spec import QuantSpec
+
+# Between these a scale and its reciprocal are normal float32 numbers.
+_SMALLEST_SCALE = 2.0**-126
+_LARGEST_SCALE = 2.0**126
+
+
+def qparams(min_val: Tensor, max_val: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """Return the scale and zero point with which the grid of ``spec`` covers ``min_val..max_val``.
+
+    Args:
+        min_val: () or (C,) float32.
+        max_val: the same shape; a range that leaves out 0 is extended to it.
+        spec: the grid.
+
+    Returns:
+        ``(scale, zero_point)`` of the shape of ``min_val``, float32 and int32; the scale is a
+        positive normal number and so is its reciprocal.
+
+    Source: Jacob et al. 2018 (arXiv:1712.05877), section 3 (nudging); TI edgeai-modeloptimization,
+        PAct2 (power of two).
+
+    >>> scale, zero_point = qparams(torch.tensor(-1.0), torch.tensor(2.54), QuantSpec())
+    >>> round(scale.item(), 6), zero_point.item()
+    (0.02, 0)
+    """
+    low, high = min_val.detach().to(torch.float32), max_val.detach().to(torch.float32)
+    if not spec.symmetric:
+        return _asymmetric(low, high, spec)
+    amax = torch.maximum(low.abs(), high.abs()) if spec.signed else high.clamp(min=0.0)
+    steps = float(spec.quant_max)
+    if spec.power_of_two:
+        amax, steps = power_of_two_ceil(amax), 2.0 ** (spec.num_bits - int(spec.signed))
+    scale = amax / steps
+    zero_point = torch.zeros_like(low, dtype=torch.int32)
+    return torch.where(_alive(scale), scale, 1.0), zero_point
+
+
+def power_of_two_ceil(x: Tensor) -> Tensor:
+    """Return the smallest power of two that is not below each element, exactly; 0 stays 0.
+
+    >>> power_of_two_ceil(torch.tensor([0.3, 0.5, 5.9]))
+    tensor([0.5000, 0.5000, 8.0000])
+    """
+    mantissa, exponent = torch.frexp(x)
+    exponent = exponent - (mantissa == 0.5).to(exponent.dtype)
+    return torch.where(x > 0, torch.ldexp(torch.ones_like(x), exponent), x)
+
+
+def _asymmetric(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    low, high = low.clamp(max=0.0), high.clamp(min=0.0)
+    steps = float(spec.quant_max - spec.quant_min)
+    scale = high / steps - low / steps
+    alive = _alive(scale)
+    scale = torch.where(alive, scale, 1.0)
+    zero_point = (spec.quant_min - low / scale).round().clamp(spec.quant_min, spec.quant_max)
+    return scale, torch.where(alive, zero_point, 0.0).to(torch.int32)
+
+
+def _alive(scale: Tensor) -> Tensor:
+    # Also false for NaN.
+    return (scale >= _SMALLEST_SCALE) & (scale <= _LARGEST_SCALE)

@@ -1,0 +1,275 @@
+"""Run a model once on a copy and record which operator read which value.
+
+Nothing is traced symbolically: the model runs as it is, on the example inputs, so that data-dependent control flow
+(detection models, user code) is no obstacle. The copy shares every parameter with the model and has its own buffers.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from qatkit.errors import QatkitError, shorten
+from qatkit.graph.kinds import function_name, is_leaf, kind_of, module_name
+from qatkit.graph.structure import Template, flatten, tensors
+
+
+@dataclass(eq=False)
+class Value:
+    """One tensor at one moment: writing in place makes a new value.
+
+    Attributes:
+        producer: the operator that made it, ``None`` for inputs and constants.
+        constant: a parameter, a buffer, or computed from nothing else.
+        shape: its shape on the example inputs.
+        consumers: the operators that read it, in order, each once.
+    """
+
+    producer: Call | None
+    constant: bool
+    shape: tuple[int, ...]
+    consumers: list[Call] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of a module or a function.
+
+    Attributes:
+        name: path of the module, or name of the function (`qatkit.graph.kinds.function_name`).
+        kind: kind of the operator; ``"Block"`` for a module that calls others.
+        module: the module of the copy, ``None`` for a function.
+        parent: the module call that it happened in.
+        template: the shape of its arguments ``(args, kwargs)``.
+        inputs: the values that it read.
+        outputs: the values that it returned, as nested as the return value.
+        children: the calls inside, in order.
+        index: position among all calls.
+    """
+
+    name: str
+    kind: str
+    module: nn.Module | None
+    parent: Call | None
+    template: Template
+    inputs: list[Value]
+    outputs: Any = None
+    children: list[Call] = field(default_factory=list)
+    index: int = 0
+
+    @property
+    def results(self) -> list[Value]:
+        """The returned values as a flat list."""
+        return flatten(self.outputs, Value)[1]
+
+    def ancestors(self) -> Iterator[Call]:
+        """Yield the enclosing calls, innermost first."""
+        call = self.parent
+        while call is not None:
+            yield call
+            call = call.parent
+
+
+@dataclass(frozen=True, eq=False)
+class Capture:
+    """A recorded run.
+
+    Attributes:
+        root: the call of the model itself.
+        operators: every leaf module and function call in order of execution.
+        outputs: what the model returned.
+        copy: the copy that ran.
+    """
+
+    root: Call
+    operators: tuple[Call, ...]
+    outputs: Any
+    copy: nn.Module
+
+
+def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the ``(args, kwargs)`` of a model call: a tuple is ``*args``, a dict ``**kwargs``, else one argument."""
+    if isinstance(example_inputs, tuple):
+        return example_inputs, {}
+    if isinstance(example_inputs, dict):
+        return (), example_inputs
+    return (example_inputs,), {}
+
+
+def shadow(model: nn.Module) -> nn.Module:
+    """Return a copy of ``model`` that shares its parameters and has its own buffers.
+
+    Raises:
+        QatkitError: the model cannot be copied.
+    """
+    memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        kind = type(model).__name__
+        raise QatkitError(
+            f"{kind}: cannot be copied for analysis ({shorten(str(error))}); make copy.deepcopy(model) work"
+        ) from None
+
+
+def capture(model: nn.Module, example_inputs: Any) -> Capture:
+    """Run a copy of ``model`` in eval mode without gradients and record it.
+
+    Raises:
+        QatkitError: the model cannot be copied or does not run on the inputs.
+    """
+    clone = shadow(model).eval()
+    args, kwargs = split_inputs(example_inputs)
+    recorder = _Recorder(clone)
+    try:
+        with torch.no_grad(), recorder:
+            outputs = clone(*args, **kwargs)
+    except QatkitError:
+        raise
+    except Exception as error:
+        kind = type(model).__name__
+        raise QatkitError(
+            f"{kind}: does not run on example_inputs ({shorten(str(error))}); "
+            "pass a tensor, a tuple of positional arguments or a dict of keyword arguments that model(...) accepts"
+        ) from None
+    finally:
+        recorder.remove_hooks()
+    operators = tuple(call for call in recorder.calls if call.kind != "Block")
+    return Capture(recorder.root, operators, outputs, clone)
+
+
+class _Recorder(TorchFunctionMode):
+    """Records functions as a torch-function mode and modules by hooks."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+        self._stack: list[Call] = []
+        self._values: dict[int, Value] = {}
+        self._keep: list[Tensor] = []
+        self._leaf_depth = 0
+        self._handles: list[Any] = []
+        self._constants = {id(t) for t in (*model.parameters(), *model.buffers())}
+        for path, module in model.named_modules():
+            before, after = self._hooks(path)
+            self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            self._handles.append(module.register_forward_hook(after, with_kwargs=True))
+
+    @property
+    def root(self) -> Call:
+        """The call of the model."""
+        return self.calls[0]
+
+    def remove_hooks(self) -> None:
+        """Leave the copy as it was."""
+        for handle in self._handles:
+            handle.remove()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self._leaf_depth or not self._stack:
+            return func(*args, **kwargs)
+        given = tensors((args, kwargs))
+        read = [(tensor, self._value(tensor), tensor._version) for tensor in given]
+        result = func(*args, **kwargs)
+        if not tensors(result):
+            return result
+        name = function_name(func)
+        template, _ = flatten((args, kwargs))
+        call = self._open(name, kind_of(name), None, template, [value for _, value, _ in read])
+        untouched = {id(tensor) for tensor, _, version in read if tensor._version == version}
+        result = self._as_new(result, untouched)
+        self._close(call, result)
+        return result
+
+    def _as_new(self, result: Any, given: set[int]) -> Any:
+        """Give a tensor that was handed through a new identity, so that it can be told from the input."""
+        self._leaf_depth += 1
+        try:
+            return _map_tensors(result, lambda t: t.view_as(t) if id(t) in given else t)
+        finally:
+            self._leaf_depth -= 1
+
+    def _hooks(self, path: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+            leaf = is_leaf(module)
+            if self._leaf_depth:
+                return
+            template, given = flatten((args, kwargs))
+            kind = kind_of(module_name(module)) if leaf else "Block"
+            values = [self._value(tensor) for tensor in given]
+            self._stack.append(self._open(path, kind, module, template, values))
+            self._versions.append({id(t): t._version for t in given})
+            self._leaf_depth += leaf
+
+        def after(module: nn.Module, args: Any, kwargs: Any, result: Any) -> Any:
+            if self._leaf_depth and not (self._stack and self._stack[-1].module is module):
+                return result
+            self._leaf_depth -= is_leaf(module)
+            call = self._stack.pop()
+            versions = self._versions.pop()
+            untouched = {id(t) for t in tensors((args, kwargs)) if t._version == versions.get(id(t))}
+            if call.kind == "Block":
+                if not call.children and any(id(t) in untouched for t in tensors(result)):
+                    call.kind = "Identity"
+                else:
+                    call.outputs = _map_tensors(result, self._value)
+                    return result
+            result = self._as_new(result, untouched)
+            self._close(call, result)
+            return result
+
+        self._versions: list[dict[int, int]] = []
+        return before, after
+
+    def _open(
+        self, name: str, kind: str, module: nn.Module | None, template: Template, inputs: list[Value]
+    ) -> Call:
+        parent = self._stack[-1] if self._stack else None
+        call = Call(name, kind, module, parent, template, inputs, index=len(self.calls))
+        self.calls.append(call)
+        if parent is not None:
+            parent.children.append(call)
+        return call
+
+    def _close(self, call: Call, result: Any) -> None:
+        """Give every returned tensor a new value made by ``call``."""
+        for value in dict.fromkeys(call.inputs):
+            value.consumers.append(call)
+        constant = all(value.constant for value in call.inputs)
+        for tensor in tensors(result):
+            self._keep.append(tensor)
+            self._values[id(tensor)] = Value(call, constant, tuple(tensor.shape))
+        call.outputs = _map_tensors(result, self._value)
+
+    def _value(self, tensor: Tensor) -> Value:
+        """Return the value that ``tensor`` holds now; one never seen before is an input or a constant."""
+        if id(tensor) not in self._values:
+            constant = id(tensor) in self._constants
+            self._keep.append(tensor)
+            self._values[id(tensor)] = Value(None, constant, tuple(tensor.shape))
+        return self._values[id(tensor)]
+
+
+def _map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
+    """Return ``value`` with each tensor in its tuples, lists and dicts changed; other objects stay."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if type(value) in (tuple, list):
+        return type(value)(_map_tensors(item, change) for item in value)
+    if type(value) is dict:
+        return {key: _map_tensors(item, change) for key, item in value.items()}
+    if isinstance(value, dict):
+        copied = copy.copy(value)
+        for key, item in value.items():
+            copied[key] = _map_tensors(item, change)
+        return copied
+    return value

@@ -1,0 +1,217 @@
+"""The forward of one block as a graph: its child modules are opaque, only its own functional operations show.
+
+``torch.fx`` traces the block alone, on a stand-in object, so that tracing can damage nothing; the nodes of the graph
+are then matched, in order, with what a `Capture` saw happen inside the block.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx, nn
+
+from qatkit.errors import QatkitError, shorten
+from qatkit.graph.capture import Call, Value
+from qatkit.graph.kinds import function_name
+from qatkit.graph.structure import Template, flatten, rebuildable, unflatten
+
+
+class LevelError(QatkitError):
+    """A block's forward cannot be rewritten; the message says why."""
+
+
+@dataclass(frozen=True, eq=False)
+class Level:
+    """A traced block whose nodes are matched with a recorded call.
+
+    Attributes:
+        graph: the graph of the block's forward in eval mode.
+        values: what each node that stands for tensors held in the recorded run.
+        calls: the recorded call of each node that is one.
+    """
+
+    graph: fx.Graph
+    values: dict[fx.Node, Any]
+    calls: dict[fx.Node, Call]
+
+
+class _LevelTracer(fx.Tracer):
+    """Stops at every child module."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+
+def trace_level(block: nn.Module, template: Template, *, training: bool) -> fx.Graph:
+    """Trace the forward of ``block`` for a call of the form ``template``.
+
+    Args:
+        block: a module; it is not changed.
+        template: the form of ``(args, kwargs)``, see `qatkit.graph.structure`; its tensors are the placeholders.
+        training: the mode to trace.
+
+    Returns:
+        a graph whose module targets are paths relative to ``block``.
+
+    Raises:
+        LevelError: the call or the forward cannot be expressed as a graph.
+    """
+    if "forward" in block.__dict__:
+        raise LevelError("its forward was replaced on the object")
+    if not rebuildable(template):
+        raise LevelError("it is called with arguments that are not tensors, numbers, tuples, lists or dicts")
+    twin = _stand_in(block, training)
+    twin.__class__ = _flat_class(float_class(type(block)), template)
+    try:
+        return _LevelTracer().trace(twin)
+    except Exception as error:
+        raise LevelError(f"torch.fx cannot trace its forward ({shorten(str(error), 120)})") from None
+
+
+def signature(graph: fx.Graph) -> tuple[str, ...]:
+    """Return what a graph does, node by node, without the constants: ``op target <- indices of the inputs``."""
+    index = {node: i for i, node in enumerate(graph.nodes)}
+    lines = []
+    for node in graph.nodes:
+        name = str(node.target) if node.op != "call_function" else function_name(node.target)
+        reads = ",".join(str(index[arg]) for arg in node.all_input_nodes)
+        lines.append(f"{node.op} {name} <- {reads}")
+    return tuple(lines)
+
+
+def match(block: nn.Module, call: Call) -> Level:
+    """Trace ``block`` and match the nodes with the recorded ``call`` of it.
+
+    Raises:
+        LevelError: the graph is not what the recorded run did, or training does something else than eval.
+    """
+    graph = trace_level(block, call.template, training=False)
+    if signature(graph) != signature(trace_level(block, call.template, training=True)):
+        raise LevelError("its forward does other operations in training than in eval")
+    return _Matcher(graph, call).run()
+
+
+def float_class(kind: type) -> type:
+    """Return the class whose forward a block has: ``kind`` itself unless it was rewritten before."""
+    return getattr(kind, "float_class", kind)
+
+
+class _Matcher:
+    """Walks the nodes and the recorded calls side by side."""
+
+    def __init__(self, graph: fx.Graph, call: Call) -> None:
+        self._graph = graph
+        self._root = call
+        self._pending = list(call.children)
+        self._values: dict[fx.Node, Any] = {}
+        self._calls: dict[fx.Node, Call] = {}
+
+    def run(self) -> Level:
+        inputs = iter(self._root.inputs)
+        for node in self._graph.nodes:
+            if node.op == "placeholder":
+                self._values[node] = next(inputs)
+            elif node.op == "call_module":
+                self._take(node, self._module_call(node))
+            elif node.op in ("call_function", "call_method"):
+                self._function(node)
+            elif node.op == "output":
+                self._check_output(node)
+        if any(not _constant(call) for call in self._pending):
+            raise LevelError(f"torch.fx did not see its operation {self._pending[0].name!r}")
+        return Level(self._graph, self._values, self._calls)
+
+    def _module_call(self, node: fx.Node) -> Call:
+        prefix = f"{self._root.name}." if self._root.name else ""
+        path = prefix + str(node.target)
+        while self._pending:
+            call = self._pending.pop(0)
+            if call.module is not None and call.name == path:
+                return call
+            if not _constant(call):
+                break
+        raise LevelError(f"torch.fx and the recorded run disagree at its module {node.target!r}")
+
+    def _function(self, node: fx.Node) -> None:
+        name = function_name(node.target)
+        source = node.args[0] if node.args else None
+        if name == "getitem" and isinstance(self._values.get(source), tuple | list | dict):  # type: ignore[arg-type]
+            self._values[node] = self._values[source][node.args[1]]  # type: ignore[index]
+            return
+        skipped = 0
+        for call in self._pending:
+            if call.module is None and call.name == name and self._reads(node, call):
+                del self._pending[:skipped]
+                self._pending.pop(0)
+                self._take(node, call)
+                return
+            if not _constant(call):
+                return
+            skipped += 1
+
+    def _reads(self, node: fx.Node, call: Call) -> bool:
+        """Tell whether the node reads the values that the call read."""
+        held = [self._values[arg] for arg in node.all_input_nodes if arg in self._values]
+        known = {id(value) for value in flatten(held, Value)[1]}
+        return all(id(value) in known for value in call.inputs if not value.constant)
+
+    def _take(self, node: fx.Node, call: Call) -> None:
+        self._calls[node] = call
+        self._values[node] = call.outputs
+
+    def _check_output(self, node: fx.Node) -> None:
+        returned = fx.node.map_arg(node.args[0], lambda arg: self._values.get(arg))
+        expected = self._root.results
+        if [id(value) for value in flatten(returned, Value)[1]] != [id(value) for value in expected]:
+            raise LevelError("torch.fx and the recorded run disagree about what it returns")
+        if flatten(self._root.outputs, Value)[0] != flatten(returned, Value)[0]:
+            raise LevelError("it returns an object that is not a tensor, tuple, list or dict")
+
+
+def _constant(call: Call) -> bool:
+    return call.module is None and all(value.constant for value in call.inputs)
+
+
+def _stand_in(block: nn.Module, training: bool) -> nn.Module:
+    """Return an object with the state of ``block``: own containers, the same children and tensors."""
+    twin = nn.Module()
+    for name, state in block.__dict__.items():
+        if name in ("_modules", "_parameters", "_buffers"):
+            twin.__dict__[name] = dict(state)
+        elif name.endswith("_hooks") or name.startswith("_qatkit"):
+            continue
+        else:
+            twin.__dict__[name] = _own_copy(state)
+    twin.__dict__["training"] = training
+    return twin
+
+
+def _own_copy(state: Any) -> Any:
+    """Copy lists, dicts and sets, which a forward may write to; share everything else."""
+    return copy.copy(state) if isinstance(state, list | dict | set) else state
+
+
+def _flat_class(kind: type, template: Template) -> type:
+    """Return a subclass of ``kind`` whose forward takes the tensors of the call one by one."""
+    count = _count_tensors(template)
+    names = "".join(f", x{i}" for i in range(count))
+    forward: Callable[..., Any] = kind.forward  # type: ignore[attr-defined]
+
+    def call(self: nn.Module, *leaves: Any) -> Any:
+        args, kwargs = unflatten(template, iter(leaves))
+        return forward(self, *args, **kwargs)
+
+    scope: dict[str, Any] = {"call": call}
+    exec(f"def forward(self{names}):\n    return call(self{names})", scope)
+    return type(kind.__name__, (kind,), {"forward": scope["forward"]})
+
+
+def _count_tensors(template: Template) -> int:
+    if template[0] == "tensor":
+        return 1
+    if template[0] == "dict":
+        return sum(_count_tensors(item) for _, item in template[1:])
+    return sum(_count_tensors(item) for item in template[1:]) if template[0] in ("tuple", "list") else 0

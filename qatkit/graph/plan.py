@@ -1,0 +1,169 @@
+"""What `prepare` is going to do, as a frozen value: printable, comparable and writable as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from qatkit.config import QuantConfig
+from qatkit.graph.structure import Template, from_json
+from qatkit.spec import QuantSpec
+
+
+@dataclass(frozen=True)
+class QuantizerPlan:
+    """One quantizer.
+
+    Attributes:
+        path: where it is registered.
+        aliases: other paths under which the same quantizer stands, one for each further layer that reads the tensor.
+        role: ``"weight"`` or ``"activation"``.
+        spec: how it quantizes.
+        reason: the rule that asks for it.
+    """
+
+    path: str
+    aliases: tuple[str, ...]
+    role: str
+    spec: QuantSpec
+    reason: str
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One layer that is swapped in place.
+
+    Attributes:
+        path: path of the module.
+        kind: name of its float class.
+        batch_norm: path of the batch norm to fold into the weight, ``None`` for none.
+        input_is_quantized: the block around it runs its input quantizer.
+    """
+
+    path: str
+    kind: str
+    batch_norm: str | None = None
+    input_is_quantized: bool = False
+
+
+@dataclass(frozen=True)
+class Site:
+    """One quantizer call inside a block.
+
+    Attributes:
+        quantizer: its path relative to the block.
+        source: index of the node whose value it quantizes.
+        uses: pairs (index of a node that reads the value, index of the node it reads it from).
+    """
+
+    quantizer: str
+    source: int
+    uses: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """One block whose forward gets quantizer calls.
+
+    Attributes:
+        path: path of the module, empty for the model itself.
+        template: the form of its arguments (`qatkit.graph.structure`).
+        signature: what its forward does (`qatkit.graph.level.signature`), checked when the plan is applied.
+        sites: the quantizer calls.
+    """
+
+    path: str
+    template: Template
+    signature: tuple[str, ...]
+    sites: tuple[Site, ...]
+
+
+@dataclass(frozen=True)
+class Skip:
+    """Something that stays float, and why."""
+
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that `prepare` does to a model.
+
+    Attributes:
+        config: what was asked for.
+        layers: layers to swap.
+        quantizers: quantizers to make.
+        blocks: blocks to rewrite.
+        groups: paths of quantizers that share a scale.
+        skipped: what stays float and why.
+    """
+
+    config: QuantConfig
+    layers: tuple[LayerPlan, ...]
+    quantizers: tuple[QuantizerPlan, ...]
+    blocks: tuple[BlockPlan, ...]
+    groups: tuple[tuple[str, ...], ...]
+    skipped: tuple[Skip, ...]
+
+    def __str__(self) -> str:
+        """Return two tables: what is quantized, what is not, each line with its reason."""
+        weights = sum(q.role == "weight" for q in self.quantizers)
+        head = (
+            f"{len(self.layers)} layers, {weights} weight and {len(self.quantizers) - weights} activation quantizers, "
+            f"{len(self.blocks)} rewritten blocks, {len(self.groups)} shared scales, {len(self.skipped)} left in float"
+        )
+        rows = [("quantizer", "bits", "observer", "why"), *(_row(q) for q in self.quantizers)]
+        lines = [head, "", *_table(rows)]
+        if self.groups:
+            shared = [("shared scale (F8, F9)",), *((", ".join(group),) for group in self.groups)]
+            lines += ["", *_table(shared)]
+        if self.skipped:
+            left = [("left in float", "why"), *((skip.path, skip.reason) for skip in self.skipped)]
+            lines += ["", *_table(left)]
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as plain JSON values."""
+        return {**asdict(self), "config": self.config.to_dict()}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Plan:
+        """Rebuild a plan from `to_dict`, also after a trip through JSON."""
+        return cls(
+            config=QuantConfig.from_dict(fields["config"]),
+            layers=tuple(LayerPlan(**layer) for layer in fields["layers"]),
+            quantizers=tuple(_quantizer_from_dict(entry) for entry in fields["quantizers"]),
+            blocks=tuple(_block_from_dict(block) for block in fields["blocks"]),
+            groups=tuple(tuple(group) for group in fields["groups"]),
+            skipped=tuple(Skip(**skip) for skip in fields["skipped"]),
+        )
+
+
+def _row(entry: QuantizerPlan) -> tuple[str, str, str, str]:
+    spec = entry.spec
+    observer = spec.observer if spec.axis is None else f"{spec.observer}, axis {spec.axis}"
+    shared = f"; also {', '.join(entry.aliases)}" if entry.aliases else ""
+    return entry.path, str(spec.num_bits), observer, entry.reason + shared
+
+
+def _table(rows: Iterable[tuple[str, ...]]) -> list[str]:
+    """Align the columns, the last one ragged."""
+    table = list(rows)
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
+
+
+def _quantizer_from_dict(fields: Mapping[str, Any]) -> QuantizerPlan:
+    known = dict(fields)
+    return QuantizerPlan(**{**known, "aliases": tuple(known["aliases"]), "spec": QuantSpec.from_dict(known["spec"])})
+
+
+def _block_from_dict(fields: Mapping[str, Any]) -> BlockPlan:
+    sites = tuple(
+        Site(site["quantizer"], site["source"], tuple((use, arg) for use, arg in site["uses"]))
+        for site in fields["sites"]
+    )
+    template = from_json(list(fields["template"]))
+    return BlockPlan(fields["path"], template, tuple(fields["signature"]), sites)

@@ -1,0 +1,120 @@
+"""Give a block a forward that calls quantizers inside: same object, same attributes, still an instance of its class."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from torch import fx, nn
+
+from qatkit.errors import QatkitError
+from qatkit.graph.level import float_class, signature, trace_level
+from qatkit.graph.plan import BlockPlan
+from qatkit.graph.structure import flatten
+
+
+class RewrittenBlock(nn.Module):
+    """Base of the classes that `rewrite` makes, one for each block.
+
+    A pickle holds the float class, the plan and the state; the forward is made anew from them.
+
+    Attributes:
+        float_class: the class of the block before.
+        block_plan: the quantizer calls in its forward.
+    """
+
+    float_class: ClassVar[type]
+    block_plan: ClassVar[BlockPlan]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle as the float class and the plan."""
+        return _blank, (self.float_class, self.block_plan), self.__dict__
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RewrittenBlock:
+        """Copy the state; the forward is a pure function of it and is shared."""
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
+
+def rewrite(block: nn.Module, plan: BlockPlan) -> None:
+    """Change the class of ``block`` to one whose forward calls the quantizers of ``plan``.
+
+    The quantizers must be in place. Without them quantizing, the forward computes what it did before.
+
+    Raises:
+        QatkitError: the block's code is not the one that was planned for.
+    """
+    evaluation = _graph(block, plan, training=False)
+    training = _graph(block, plan, training=True)
+    block.__class__ = _class(float_class(type(block)), plan, evaluation, training)
+
+
+def _graph(block: nn.Module, plan: BlockPlan, *, training: bool) -> fx.Graph:
+    """Trace the block and put the quantizer calls in."""
+    graph = trace_level(block, plan.template, training=training)
+    if signature(graph) != plan.signature:
+        where = plan.path or type(block).__name__
+        raise QatkitError(
+            f"{where}: its forward is not the one that was planned for; "
+            "call qatkit.prepare(model, example_inputs) on the model as it is now"
+        )
+    nodes = list(graph.nodes)
+    for site in plan.sites:
+        source = nodes[site.source]
+        first = min(use for use, _ in site.uses)
+        with graph.inserting_before(nodes[first]):
+            quantized = graph.create_node("call_module", site.quantizer, (source,))
+        for use, argument in site.uses:
+            nodes[use].replace_input_with(nodes[argument], quantized)
+    return graph
+
+
+def _class(kind: type, plan: BlockPlan, evaluation: fx.Graph, training: fx.Graph) -> type:
+    body = _compile(evaluation)
+    training_body = _compile(training)
+    one = str(evaluation.python_code("self").src) == str(training.python_code("self").src)
+    template = plan.template
+    where = plan.path or kind.__name__
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        given, leaves = flatten((args, kwargs))
+        if given != template:
+            raise QatkitError(
+                f"{where}: called with arguments of another form than in example_inputs; "
+                "give prepare example_inputs in the form that the model is used with"
+            )
+        return training_body(self, *leaves) if self.training and not one else body(self, *leaves)
+
+    members = {
+        "forward": forward,
+        "float_class": kind,
+        "block_plan": plan,
+        "__module__": kind.__module__,
+        "__qualname__": kind.__qualname__,
+        "__doc__": kind.__doc__,
+    }
+    return type(kind.__name__, (RewrittenBlock, kind), members)
+
+
+def _compile(graph: fx.Graph) -> Callable[..., Any]:
+    """Turn a graph into a function of (block, *tensors)."""
+    code = graph.python_code("self")
+    scope = dict(code.globals)
+    exec(compile(code.src, "<qatkit block>", "exec"), scope)
+    function: Callable[..., Any] = scope["forward"]
+    return function
+
+
+def _blank(kind: type, plan: BlockPlan) -> nn.Module:
+    """Make an object of the float class that becomes the rewritten block when its state is set."""
+
+    def setstate(self: nn.Module, state: dict[str, Any]) -> None:
+        self.__class__ = kind
+        self.__dict__.update(state)
+        rewrite(self, plan)
+
+    shell = type(kind.__name__, (kind,), {"__setstate__": setstate})
+    return shell.__new__(shell)  # type: ignore[no-any-return]

@@ -1,0 +1,85 @@
+"""The arguments of a call as a flat list of tensors and a template that tells where each one belongs.
+
+A template is made of tuples, strings and numbers, so that it is hashable and survives JSON:
+
+===================  =====================================
+``("tensor",)``      a tensor: takes the next leaf
+``("const", v)``     a plain number, string, bool or ``None``
+``("tuple", t...)``  and ``("list", t...)``: templates of the items
+``("dict", (k, t)...)``  keys and templates of the values
+``("opaque", name)`` anything else, by the name of its class
+===================  =====================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+
+Template = tuple[Any, ...]
+
+TENSOR: Template = ("tensor",)
+
+
+def flatten(value: Any, is_leaf: type | tuple[type, ...] = Tensor) -> tuple[Template, list[Any]]:
+    """Split ``value`` into a template and the leaves in order.
+
+    >>> import torch
+    >>> template, leaves = flatten(((torch.zeros(2), 3), {"mask": None}))
+    >>> template
+    ('tuple', ('tuple', ('tensor',), ('const', 3)), ('dict', ('mask', ('const', None))))
+    >>> len(leaves)
+    1
+    """
+    leaves: list[Any] = []
+    return _template(value, is_leaf, leaves), leaves
+
+
+def unflatten(template: Template, leaves: Iterator[Any]) -> Any:
+    """Rebuild the value of a template, taking leaves in order.
+
+    >>> unflatten(("tuple", ("tensor",), ("const", 3)), iter(["a tensor"]))
+    ('a tensor', 3)
+    """
+    kind, rest = template[0], template[1:]
+    if kind == "tensor":
+        return next(leaves)
+    if kind == "const":
+        return rest[0]
+    if kind == "dict":
+        return {key: unflatten(item, leaves) for key, item in rest}
+    items = [unflatten(item, leaves) for item in rest]
+    return tuple(items) if kind == "tuple" else items
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """Return the tensors inside ``value`` in order, looking into tuples, lists and dicts."""
+    return flatten(value)[1]
+
+
+def rebuildable(template: Template) -> bool:
+    """Tell whether `unflatten` gives back the value: nothing in it is opaque."""
+    if template[0] == "opaque":
+        return False
+    children = [item[1] for item in template[1:]] if template[0] == "dict" else template[1:]
+    return template[0] in ("tensor", "const") or all(rebuildable(child) for child in children)
+
+
+def from_json(value: Any) -> Any:
+    """Turn the lists that JSON made of a template back into tuples."""
+    return tuple(from_json(item) for item in value) if isinstance(value, list) else value
+
+
+def _template(value: Any, is_leaf: type | tuple[type, ...], leaves: list[Any]) -> Template:
+    if isinstance(value, is_leaf):
+        leaves.append(value)
+        return TENSOR
+    if value is None or type(value) in (bool, int, float, str):
+        return ("const", value)
+    if type(value) in (tuple, list):
+        return (type(value).__name__, *(_template(item, is_leaf, leaves) for item in value))
+    if isinstance(value, dict) and all(isinstance(key, str | int) for key in value):
+        return ("dict", *((key, _template(item, is_leaf, leaves)) for key, item in value.items()))
+    return ("opaque", type(value).__name__)

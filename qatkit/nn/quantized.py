@@ -1,0 +1,181 @@
+"""What every quantized layer has in common: its quantizers, its construction, its swap in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar, TypeVar
+
+from torch import Tensor, nn
+
+from qatkit.config import ACTIVATION, WEIGHT
+from qatkit.errors import QatkitTypeError
+from qatkit.functional import fold_scale
+from qatkit.quantizer import TensorQuantizer
+from qatkit.spec import QuantSpec
+
+Layer = TypeVar("Layer", bound=type[nn.Module])
+
+_QUANTIZED: dict[type[nn.Module], type[nn.Module]] = {}
+QUANTIZED: Mapping[type[nn.Module], type[nn.Module]] = MappingProxyType(_QUANTIZED)
+"""The quantized class of each float class that has one."""
+
+
+def quantizes(float_class: type[nn.Module]) -> Callable[[Layer], Layer]:
+    """Declare the decorated class to be the quantized form of ``float_class``."""
+
+    def register(layer: Layer) -> Layer:
+        _QUANTIZED[float_class] = layer
+        return layer
+
+    return register
+
+
+class QuantizedInput(nn.Module):
+    """A layer whose input is quantized.
+
+    Attributes:
+        input_quantizer: quantizes the input.
+        input_is_quantized: the block around the layer has run `input_quantizer` already, because the same tensor
+            feeds other layers too; the layer then leaves its input alone.
+    """
+
+    input_quantizer: TensorQuantizer
+    input_is_quantized: bool
+
+    def __init__(self, *args: Any, input_spec: QuantSpec | None = None, **kwargs: Any) -> None:
+        """Make the float layer from its own arguments, then add the quantizer.
+
+        Args:
+            *args: arguments of the float layer.
+            input_spec: spec of the input; 8 bit by default.
+            **kwargs: arguments of the float layer.
+        """
+        super().__init__(*args, **kwargs)
+        self.attach_input(TensorQuantizer(_spec(input_spec, ACTIVATION, "input_spec")))
+
+    def attach_input(self, quantizer: TensorQuantizer) -> None:
+        """Use ``quantizer`` for the input."""
+        self.input_quantizer = quantizer
+        self.input_is_quantized = False
+
+    def quantized_input(self, x: Tensor) -> Tensor:
+        """Return the input as the layer computes with it."""
+        return x if self.input_is_quantized else self.input_quantizer(x)  # type: ignore[no-any-return]
+
+
+class QuantizedWeight(QuantizedInput):
+    r"""A layer whose input and weight are quantized.
+
+    With a batch norm behind it (`batch_norm`) the weight quantizer sees the folded weight while the batch norm stays
+    where it is: the layer computes with ``Q(w * s) / s``, ``s = gamma / sqrt(running_var + eps)`` without gradient.
+    Where each channel has its own symmetric scale, s cancels (``Q(w * s) / s == Q(w)``) and is never computed.
+
+    Attributes:
+        weight_quantizer: quantizes the weight.
+        default_axis: axis of the output channels in the weight if it is quantized per channel, else ``None``.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    weight_quantizer: TensorQuantizer
+    default_axis: ClassVar[int | None] = 0
+    _batch_norm: tuple[nn.Module, ...]
+
+    def __init__(
+        self,
+        *args: Any,
+        weight_spec: QuantSpec | None = None,
+        input_spec: QuantSpec | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Make the float layer from its own arguments, then add the quantizers.
+
+        Args:
+            *args: arguments of the float layer.
+            weight_spec: spec of the weight; 8 bit, per output channel by default.
+            input_spec: spec of the input; 8 bit by default.
+            **kwargs: arguments of the float layer.
+        """
+        super().__init__(*args, input_spec=input_spec, **kwargs)
+        default = WEIGHT.replace(axis=self.default_axis)
+        self.attach_weight(_spec(weight_spec, default, "weight_spec"))
+        self.input_quantizer.to(self.weight.device)
+
+    def attach_weight(self, spec: QuantSpec) -> None:
+        """Quantize the weight as ``spec`` says, with the range of the weight at hand until it is frozen."""
+        spec = spec.replace(memory="latest")
+        channels = None if spec.axis is None else self.weight.shape[spec.axis]
+        self.weight_quantizer = TensorQuantizer(spec, channels, device=self.weight.device)
+        self._batch_norm = ()
+
+    @property
+    def batch_norm(self) -> nn.Module | None:
+        """The batch norm that is folded into the weight, or ``None``; it is not registered here."""
+        return self._batch_norm[0] if self._batch_norm else None
+
+    def fold(self, batch_norm: nn.Module) -> None:
+        """Let the weight quantizer see the weight with ``batch_norm`` folded in."""
+        self._batch_norm = (batch_norm,)
+
+    @property
+    def fold_cancels(self) -> bool:
+        """Whether the codes are the same with and without the fold, so that it costs nothing."""
+        spec = self.weight_quantizer.spec
+        own_scales = spec.axis == self.output_axis and self.groups_of_output == 1
+        grid = spec.symmetric and spec.narrow_range and not spec.power_of_two
+        return own_scales and grid and spec.observer != "fixed"
+
+    @property
+    def output_axis(self) -> int:
+        """The axis of the weight that runs over output channels."""
+        return 0
+
+    @property
+    def groups_of_output(self) -> int:
+        """How many groups of output channels share an index of `output_axis`."""
+        return 1
+
+    def along_output(self, vector: Tensor) -> Tensor:
+        """Shape a (output channels,) vector so that it multiplies the weight."""
+        shape = [1] * self.weight.dim()
+        shape[self.output_axis] = -1
+        return vector.reshape(shape)
+
+    def weight_fold_scale(self) -> Tensor | None:
+        """Return s, shaped for the weight, or ``None`` if there is no fold or it cancels."""
+        if not self._batch_norm or self.fold_cancels:
+            return None
+        norm: Any = self._batch_norm[0]
+        return self.along_output(fold_scale(norm.weight, norm.running_var, norm.eps))
+
+    def quantized_weight(self) -> Tensor:
+        """Return the weight as the layer computes with it: same shape and dtype, on the grid of the folded one."""
+        scale = self.weight_fold_scale()
+        if scale is None:
+            return self.weight_quantizer(self.weight)  # type: ignore[no-any-return]
+        folded = self.weight_quantizer(self.weight.float() * scale)
+        return (folded / scale).to(self.weight.dtype)  # type: ignore[no-any-return]
+
+
+def swap(module: nn.Module) -> None:
+    """Turn a float layer into its quantized class in place: same object, parameters, hooks and keys.
+
+    The caller attaches the quantizers. Only exact float classes have a quantized one: a subclass has its own forward.
+    """
+    module.__class__ = QUANTIZED[type(module)]
+
+
+def swappable(module: nn.Module) -> bool:
+    """Tell whether `swap` knows the class of ``module``."""
+    return type(module) in QUANTIZED
+
+
+def _spec(spec: QuantSpec | None, default: QuantSpec, where: str) -> QuantSpec:
+    if spec is None:
+        return default
+    if not isinstance(spec, QuantSpec):
+        raise QatkitTypeError(f"{where}={spec!r}: give a qatkit.QuantSpec")
+    return spec
+
+

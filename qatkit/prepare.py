@@ -1,0 +1,167 @@
+"""`plan` and `prepare`: look at a model, then quantize it in place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from qatkit.config import QuantConfig
+from qatkit.errors import QatkitError
+from qatkit.graph.capture import capture
+from qatkit.graph.placement import place
+from qatkit.graph.plan import Plan
+from qatkit.graph.rewrite import rewrite
+from qatkit.modes import require_module
+from qatkit.nn.quantized import QuantizedInput, QuantizedWeight, swap, swappable
+from qatkit.quantizer import TensorQuantizer, share_range
+
+_PLAN = "_qatkit_plan"
+
+
+def plan(model: nn.Module, example_inputs: Any, config: QuantConfig | str | None = None) -> Plan:
+    """Return what `prepare` would do; the model is not changed.
+
+    Args:
+        model: a float model.
+        example_inputs: what the model runs on: a tensor, a tuple of positional or a dict of keyword arguments.
+        config: a `QuantConfig`, the name of a preset, or ``None`` for the default.
+
+    Returns:
+        a frozen `Plan`; print it to see each placement with its reason.
+
+    Raises:
+        QatkitError: no module, wrong inputs, unknown preset, or a rule that matches nothing.
+
+    >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10))
+    >>> print(plan(net, torch.zeros(1, 3, 8, 8)))
+    2 layers, 2 weight and 2 activation quantizers, 0 rewritten blocks, 0 shared scales, 0 left in float
+    <BLANKLINE>
+    quantizer           bits  observer        why
+    0.input_quantizer   8     shrink          F1: input of Conv
+    0.weight_quantizer  8     minmax, axis 0  F2: weight of Conv
+    3.input_quantizer   8     shrink          F1: input of Gemm
+    3.weight_quantizer  8     minmax, axis 0  F2: weight of Gemm
+    """
+    require_module(model, "plan")
+    chosen = QuantConfig.of(config)
+    existing = plan_of(model)
+    if existing is not None:
+        if config is not None and chosen != existing.config:
+            raise QatkitError(
+                f"{type(model).__name__}: is prepared with another config; prepare a fresh float model with the new one"
+            )
+        return existing
+    if any(isinstance(module, TensorQuantizer) for module in model.modules()):
+        raise QatkitError(
+            f"{type(model).__name__}: has quantizers inside already; prepare the whole model once, not its parts"
+        )
+    return place(capture(model, example_inputs), chosen)
+
+
+def prepare(model: nn.Module, example_inputs: Any, config: QuantConfig | str | None = None) -> nn.Module:
+    """Put quantizers into a model, in place.
+
+    Layers become their quantized classes and keep parameters, keys and hooks; blocks with a residual join or several
+    readers of one tensor get a forward that calls the quantizers. A second call with the same config does nothing.
+
+    Args:
+        model: a float model.
+        example_inputs: what the model runs on: a tensor, a tuple of positional or a dict of keyword arguments.
+        config: a `QuantConfig`, the name of a preset, or ``None`` for the default.
+
+    Returns:
+        the same object.
+
+    Raises:
+        QatkitError: as for `plan`; the model is then as it was.
+
+    >>> net = prepare(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), torch.zeros(1, 3, 8, 8), "tensorrt-int8")
+    >>> type(net[0]).__name__
+    'QuantConv2d'
+    """
+    require_module(model, "prepare")
+    wanted = plan(model, example_inputs, config)
+    if plan_of(model) is None:
+        apply_plan(wanted, model)
+    return model
+
+
+def plan_of(model: nn.Module) -> Plan | None:
+    """Return the plan that a model was prepared by, ``None`` for a float model."""
+    found = model.__dict__.get(_PLAN)
+    return found if isinstance(found, Plan) else None
+
+
+def apply_plan(wanted: Plan, model: nn.Module) -> None:
+    """Do what a plan says to a float model.
+
+    Raises:
+        QatkitError: the model is not the one that was planned for; it is then as it was.
+    """
+    modules = dict(model.named_modules())
+    _check(wanted, modules, type(model).__name__)
+    classes = {module: type(module) for module in modules.values()}
+    children = {module: dict(module._modules) for module in modules.values()}
+    try:
+        _swap_layers(wanted, modules)
+        _attach_activations(wanted, model)
+        for block in wanted.blocks:
+            rewrite(modules[block.path], block)
+    except Exception:
+        for module, kind in classes.items():
+            module.__class__ = kind
+            module._modules = children[module]
+        raise
+    model.__dict__[_PLAN] = wanted
+
+
+def _check(wanted: Plan, modules: dict[str, nn.Module], name: str) -> None:
+    for layer in wanted.layers:
+        module = modules.get(layer.path)
+        if module is None or not swappable(module) or type(module).__name__ != layer.kind:
+            found = "nothing" if module is None else type(module).__name__
+            raise QatkitError(
+                f"{name}: expects a {layer.kind} at {layer.path!r} and finds {found}; build the same float model"
+            )
+    for block in wanted.blocks:
+        if block.path not in modules:
+            raise QatkitError(f"{name}: expects a block at {block.path!r}; build the same float model")
+
+
+def _swap_layers(wanted: Plan, modules: dict[str, nn.Module]) -> None:
+    weights = {entry.path: entry.spec for entry in wanted.quantizers if entry.role == "weight"}
+    for layer in wanted.layers:
+        module = modules[layer.path]
+        swap(module)
+        if isinstance(module, QuantizedWeight):
+            module.attach_weight(weights[f"{layer.path}.weight_quantizer"])
+            module.weight_quantizer.name = f"{layer.path}.weight_quantizer"
+            if layer.batch_norm is not None:
+                module.fold(modules[layer.batch_norm])
+
+
+def _attach_activations(wanted: Plan, model: nn.Module) -> None:
+    """Make the activation quantizers and register each under all its paths."""
+    relieved = {layer.path for layer in wanted.layers if layer.input_is_quantized}
+    made: dict[str, TensorQuantizer] = {}
+    default = next((parameter.device for parameter in model.parameters()), None)
+    for entry in wanted.quantizers:
+        if entry.role == "weight":
+            continue
+        owner = model.get_submodule(entry.path.rpartition(".")[0])
+        device = next((parameter.device for parameter in owner.parameters()), default)
+        quantizer = made[entry.path] = TensorQuantizer(entry.spec, device=device)
+        quantizer.name = entry.path
+        quantizer.training = model.training
+        for path in (entry.path, *entry.aliases):
+            parent, _, name = path.rpartition(".")
+            module = model.get_submodule(parent)
+            if isinstance(module, QuantizedInput) and name == "input_quantizer":
+                module.attach_input(quantizer)
+                module.input_is_quantized = parent in relieved
+            else:
+                module.add_module(name, quantizer)
+    for group in wanted.groups:
+        share_range([made[path] for path in group])

@@ -1,0 +1,249 @@
+"""`TensorQuantizer`: the module that fake-quantizes one tensor and remembers its range."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from qatkit.errors import QatkitError
+from qatkit.functional import fake_quantize, qparams
+from qatkit.observers import OBSERVERS
+from qatkit.spec import QuantSpec
+
+Observe = Literal["training", "always", "never"]
+
+NO_RANGE = (
+    "a quantizer without a range passes its input through unquantized; "
+    "run qatkit.calibrate(model, data) first, qatkit.summary(model) lists them"
+)
+
+
+class TensorQuantizer(nn.Module):
+    """Fake-quantize a tensor: ``y = dequantize(quantize(x))`` with a straight-through gradient.
+
+    Two switches, as in ``torch.ao``: `quantize` turns the fake quantization on or off, `observe` says when the range
+    is estimated anew: in training mode, always (calibration) or never (frozen). In eval, and when frozen, no buffer
+    ever changes. A quantizer that has no range yet passes its input through and warns once.
+
+    Quantizers whose tensors are copies of each other (two sides of a max-pool, parts of a concatenation) share one
+    scale: each remembers its own tensor, and all quantize with the union of their ranges (`share_range`).
+
+    Args:
+        spec: the integer grid and the observer.
+        channels: length of ``spec.axis``; needed when there is one, so that the buffers have their final shape.
+        device: where the buffers live.
+
+    Attributes:
+        spec: as given.
+        name: path in the model, for messages.
+        min_val: () or (channels,) float32, lower end of the remembered range.
+        max_val: the upper end.
+        num_batches: () int64, how many tensors the range has seen; 0 means no range.
+
+    Raises:
+        QatkitError: ``channels`` is missing or there is no axis for it.
+
+    >>> quantizer = TensorQuantizer(QuantSpec(observer="minmax"))
+    >>> quantizer(torch.tensor([-1.0, 0.3, 1.0]))
+    tensor([-1.0000,  0.2992,  1.0000])
+    >>> round(quantizer.scale.item(), 6)
+    0.007874
+    """
+
+    min_val: Tensor
+    max_val: Tensor
+    num_batches: Tensor
+
+    def __init__(
+        self, spec: QuantSpec, channels: int | None = None, *, device: torch.device | None = None
+    ) -> None:
+        """Make a quantizer with no range."""
+        super().__init__()
+        if spec.per_channel != (channels is not None):
+            raise QatkitError(
+                f"TensorQuantizer(axis={spec.axis}, channels={channels}): "
+                "give the number of channels exactly when the spec has an axis"
+            )
+        shape = () if channels is None else (channels,)
+        self.spec = spec
+        self.name = ""
+        self.quantize = True
+        self.observe: Observe = "training"
+        self._has_range = spec.observer == "fixed"
+        self._peers: tuple[TensorQuantizer, ...] = ()
+        low, high = spec.fixed_range or (0.0, 0.0)
+        self.register_buffer("min_val", torch.full(shape, low, device=device))
+        self.register_buffer("max_val", torch.full(shape, high, device=device))
+        count = torch.tensor(int(self._has_range), dtype=torch.int64, device=device)
+        self.register_buffer("num_batches", count)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether there is a range; reads the device once, until there is one."""
+        if not self._has_range and not torch.compiler.is_compiling():
+            self._has_range = bool(self.num_batches > 0)
+        return self._has_range
+
+    @property
+    def observing(self) -> bool:
+        """Whether the next forward estimates the range anew."""
+        return self.observe == "always" or (self.observe == "training" and self.training)
+
+    @property
+    def peers(self) -> tuple[TensorQuantizer, ...]:
+        """The other quantizers with the same scale."""
+        return self._peers
+
+    @property
+    def range(self) -> tuple[Tensor, Tensor]:
+        """The range to quantize with: the remembered one, united with those of the peers."""
+        low, high = self.min_val, self.max_val
+        for peer in self._peers:
+            low, high = torch.minimum(low, peer.min_val), torch.maximum(high, peer.max_val)
+        return low, high
+
+    @property
+    def scale(self) -> Tensor:
+        """The step of the grid: () or (channels,) float32."""
+        return qparams(*self.range, self.spec)[0]
+
+    @property
+    def zero_point(self) -> Tensor:
+        """The code of 0.0: () or (channels,) int32."""
+        return qparams(*self.range, self.spec)[1]
+
+    @property
+    def amax(self) -> Tensor:
+        """The largest magnitude in the range: () or (channels,) float32."""
+        low, high = self.range
+        return torch.maximum(low.abs(), high.abs())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x`` on the grid: same shape, dtype and memory format."""
+        batch = self._observe(x) if self.observing else None
+        if not self.quantize:
+            return x
+        spec = self.spec
+        if spec.memory == "latest" and self.observe != "never":
+            low, high = self._estimate(x) if batch is None else batch
+        elif not (self.calibrated or any(peer.calibrated for peer in self._peers)):
+            warnings.warn(NO_RANGE, stacklevel=2)
+            return x
+        elif spec.memory == "batch" and batch is not None and self.training:
+            low, high = batch
+        else:
+            low, high = self.range
+        scale, zero_point = qparams(low, high, spec)
+        return fake_quantize(x, scale, zero_point, spec.quant_min, spec.quant_max, spec.axis)
+
+    def set_range(self, low: Tensor | float, high: Tensor | float) -> None:
+        """Set the remembered range by hand.
+
+        Args:
+            low: lower end, a number or a tensor of the shape of `min_val`.
+            high: upper end.
+
+        Raises:
+            QatkitError: not finite, or low > high.
+        """
+        ends = [torch.as_tensor(end, dtype=torch.float32).detach() for end in (low, high)]
+        if not all(bool(torch.isfinite(end).all()) for end in ends) or bool((ends[0] > ends[1]).any()):
+            where = self.name or "TensorQuantizer"
+            raise QatkitError(f"{where}: range {low} .. {high}: give finite numbers with low <= high")
+        with torch.no_grad():
+            self.min_val.copy_(ends[0].expand_as(self.min_val))
+            self.max_val.copy_(ends[1].expand_as(self.max_val))
+            self.num_batches.fill_(1)
+        self._has_range = True
+
+    def reset_range(self) -> None:
+        """Forget the range."""
+        with torch.no_grad():
+            for buffer in (self.min_val, self.max_val, self.num_batches):
+                buffer.zero_()
+        self._has_range = False
+        if self.spec.fixed_range is not None:
+            self.set_range(*self.spec.fixed_range)
+
+    def observe_now(self, x: Tensor) -> None:
+        """Take ``x`` into the range, whatever the mode."""
+        self._observe(x)
+
+    def extra_repr(self) -> str:
+        """Show the grid and the state."""
+        spec = self.spec
+        axis = "" if spec.axis is None else f", axis={spec.axis}"
+        state = "" if self.quantize else ", off"
+        frozen = ", frozen" if self.observe == "never" else ""
+        return f"{spec.num_bits} bit, {spec.observer}{axis}{state}{frozen}"
+
+    def _estimate(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return OBSERVERS[self.spec.observer].estimate(x.detach(), self.spec)
+
+    def _observe(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Estimate the range of ``x`` and remember it; return the estimate."""
+        with torch.no_grad():
+            low, high = self._estimate(x)
+            if self.spec.memory == "latest":
+                self.min_val.copy_(low)
+                self.max_val.copy_(high)
+            else:
+                if self.training and _world_size() > 1:
+                    low, high = _mean_over_ranks(low, high)
+                old = (self.min_val, self.max_val, self.num_batches)
+                new = OBSERVERS[self.spec.observer].remember(*old, low, high, self.spec)
+                self.min_val.copy_(new[0])
+                self.max_val.copy_(new[1])
+            self.num_batches.add_(1)
+        self._has_range = True
+        return low, high
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Load the buffers; a checkpoint of the float model, which has none of them, is complete too."""
+        if not any(prefix + name in state_dict for name in self._buffers):
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        self._has_range = bool(self.num_batches > 0)
+
+
+def share_range(quantizers: list[TensorQuantizer]) -> None:
+    """Let ``quantizers`` quantize with the union of their ranges, so that they have one scale.
+
+    Raises:
+        QatkitError: their specs have different grids.
+    """
+    grids = {(q.spec.num_bits, q.spec.signed, q.spec.symmetric, q.spec.axis) for q in quantizers}
+    if len(grids) > 1:
+        names = ", ".join(q.name for q in quantizers)
+        raise QatkitError(f"{names}: one scale for different grids {grids}; give them one QuantSpec")
+    for quantizer in quantizers:
+        quantizer._peers = tuple(peer for peer in quantizers if peer is not quantizer)
+
+
+def _world_size() -> int:
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return 1
+    return distributed.get_world_size()
+
+
+def _mean_over_ranks(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the range averaged over all ranks, so that every rank holds the same quantizer."""
+    both = torch.stack((low, high))
+    torch.distributed.all_reduce(both)
+    both = both / _world_size()
+    return both[0], both[1]
