@@ -5,7 +5,6 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Generic, TypeVar
 
 from torch import nn
 
@@ -13,45 +12,42 @@ from qatkit.config import matches, require_match
 from qatkit.errors import QatkitError, QatkitTypeError
 from qatkit.quantizer import TensorQuantizer
 
-State = TypeVar("State")
+Undo = Callable[[], None]
 
 
-class Mode(Generic[State]):
+class Mode:
     """A change of some modules' state: a context manager, or with `apply` for good.
 
-    The change happens on entering the context. On leaving it, also by an exception, each module gets back the state
-    that it had; contexts nest.
+    The change happens on entering the context. On leaving it, also by an exception, each module gets
+    back the state that it had; contexts nest, and one object can be entered again.
 
     Args:
-        modules: what is changed.
-        read: reads the state of a module.
-        write: sets the state of a module.
-        change: the new state of a module, given the old one.
+        change: makes the change, all of it or none, and returns what restores the state before.
+
+    >>> state = ["before"]
+    >>> def change():
+    ...     old = state[:]
+    ...     state[:] = ["within"]
+    ...     return lambda: state.__setitem__(slice(None), old)
+    >>> with Mode(change):
+    ...     print(*state)
+    within
+    >>> print(*state)
+    before
     """
 
-    def __init__(
-        self,
-        modules: list[nn.Module],
-        read: Callable[[nn.Module], State],
-        write: Callable[[nn.Module, State], None],
-        change: Callable[[nn.Module], State],
-    ) -> None:
+    def __init__(self, change: Callable[[], Undo]) -> None:
         """Remember what to change; nothing is changed yet."""
-        self._modules = modules
-        self._read = read
-        self._write = write
         self._change = change
-        self._saved: list[list[tuple[nn.Module, State]]] = []
+        self._undo: list[Undo] = []
 
     def apply(self) -> None:
         """Make the change for good."""
-        for module in self._modules:
-            self._write(module, self._change(module))
+        self._change()
 
     def __enter__(self) -> None:
         """Make the change."""
-        self._saved.append([(module, self._read(module)) for module in self._modules])
-        self.apply()
+        self._undo.append(self._change())
 
     def __exit__(
         self,
@@ -60,11 +56,10 @@ class Mode(Generic[State]):
         trace: TracebackType | None,
     ) -> None:
         """Restore each module's own state."""
-        for module, state in self._saved.pop():
-            self._write(module, state)
+        self._undo.pop()()
 
 
-def disable_quantization(model: nn.Module, pattern: str = "*") -> Mode[bool]:
+def disable_quantization(model: nn.Module, pattern: str = "*") -> Mode:
     """Let tensors pass unquantized; ranges are still estimated as before.
 
     Args:
@@ -88,13 +83,13 @@ def disable_quantization(model: nn.Module, pattern: str = "*") -> Mode[bool]:
     return _switch(model, pattern, on=False)
 
 
-def enable_quantization(model: nn.Module, pattern: str = "*") -> Mode[bool]:
+def enable_quantization(model: nn.Module, pattern: str = "*") -> Mode:
     """Quantize tensors; the counterpart of `disable_quantization`, with the same uses and errors."""
     return _switch(model, pattern, on=True)
 
 
 def quantizers(model: nn.Module, pattern: str = "*") -> Iterator[tuple[str, TensorQuantizer]]:
-    """Yield ``(path, quantizer)``, each quantizer once, those that ``pattern`` matches under any of their paths."""
+    """Yield each quantizer that ``pattern`` matches under any of its paths once, with that path."""
     seen: set[int] = set()
     for path, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, TensorQuantizer) and id(module) not in seen and matches(pattern, path):
@@ -114,30 +109,37 @@ def select_quantizers(model: nn.Module, pattern: str, where: str) -> list[Tensor
         return found
     paths = [path for path, _ in model.named_modules(remove_duplicate=False)]
     if not any(True for _ in quantizers(model)):
-        raise QatkitError(f"{where}: the model has no quantizers, call qatkit.prepare(model, example_inputs) first")
+        raise QatkitError(
+            f"{where}: {type(model).__name__} has no quantizers, "
+            "call qatkit.prepare(model, example_inputs) first"
+        )
     require_match(pattern, paths, f"{where}, pattern {pattern!r}")
     hit = next(path for path in paths if fnmatch.fnmatchcase(path, pattern))
-    raise QatkitError(f"{where}: {hit!r} has no quantizer inside; see qatkit.summary(model) for those there are")
+    raise QatkitError(
+        f"{where}: {hit!r} has no quantizer inside; qatkit.summary(model) lists those there are"
+    )
 
 
 def require_module(model: object, where: str) -> None:
     """Raise a `QatkitTypeError` unless ``model`` is a module."""
     if not isinstance(model, nn.Module):
         kind = type(model).__name__
-        raise QatkitTypeError(f"{where}: model is a {kind}, not a torch.nn.Module; pass the model object itself")
+        raise QatkitTypeError(
+            f"{where}: model is a {kind}, not a torch.nn.Module; pass the model object itself"
+        )
 
 
-def _switch(model: nn.Module, pattern: str, *, on: bool) -> Mode[bool]:
+def _switch(model: nn.Module, pattern: str, *, on: bool) -> Mode:
     where = "enable_quantization" if on else "disable_quantization"
-    modules: list[nn.Module] = list(select_quantizers(model, pattern, where))
-    return Mode(modules, _is_on, _set_on, lambda _: on)
+    selected = select_quantizers(model, pattern, where)
 
+    def restore(states: list[bool]) -> None:
+        for quantizer, state in zip(selected, states, strict=True):
+            quantizer.quantize = state
 
-def _is_on(module: nn.Module) -> bool:
-    assert isinstance(module, TensorQuantizer)
-    return module.quantize
+    def change() -> Undo:
+        states = [quantizer.quantize for quantizer in selected]
+        restore([on] * len(selected))
+        return lambda: restore(states)
 
-
-def _set_on(module: nn.Module, state: bool) -> None:
-    assert isinstance(module, TensorQuantizer)
-    module.quantize = state
+    return Mode(change)

@@ -138,7 +138,7 @@ def _swap_layers(wanted: Plan, modules: dict[str, nn.Module]) -> None:
         if isinstance(module, QuantizedWeight):
             module.attach_weight(weights[f"{layer.path}.weight_quantizer"])
             module.weight_quantizer.name = f"{layer.path}.weight_quantizer"
-            if layer.batch_norm is not None:
+            if layer.batch_norm is not None and wanted.config.fold_batch_norm:
                 module.fold(modules[layer.batch_norm])
 
 

@@ -126,18 +126,18 @@ class TensorQuantizer(nn.Module):
         batch = self._observe(x) if self.observing else None
         if not self.quantize:
             return x
-        spec = self.spec
-        if spec.memory == "latest" and self.observe != "never":
-            low, high = self._estimate(x) if batch is None else batch
-        elif not (self.calibrated or any(peer.calibrated for peer in self._peers)):
+        chosen = self._range_for(x, batch)
+        if chosen is None:
             warnings.warn(NO_RANGE, stacklevel=2)
             return x
-        elif spec.memory == "batch" and batch is not None and self.training:
-            low, high = batch
-        else:
-            low, high = self.range
-        scale, zero_point = qparams(low, high, spec)
+        spec = self.spec
+        scale, zero_point = qparams(*chosen, spec)
         return fake_quantize(x, scale, zero_point, spec.quant_min, spec.quant_max, spec.axis)
+
+    def grid_for(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return the ``(scale, zero_point)`` that `x` is quantized with in eval; ``None`` without a range."""
+        chosen = self._range_for(x, None)
+        return None if chosen is None else qparams(*chosen, self.spec)
 
     def set_range(self, low: Tensor | float, high: Tensor | float) -> None:
         """Set the remembered range by hand.
@@ -179,6 +179,18 @@ class TensorQuantizer(nn.Module):
         state = "" if self.quantize else ", off"
         frozen = ", frozen" if self.observe == "never" else ""
         return f"{spec.num_bits} bit, {spec.observer}{axis}{state}{frozen}"
+
+    def _range_for(
+        self, x: Tensor, batch: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor] | None:
+        """Return the range to quantize ``x`` with, given the estimate of this forward if there is one."""
+        if self.spec.memory == "latest" and self.observe != "never":
+            return self._estimate(x) if batch is None else batch
+        if not (self.calibrated or any(peer.calibrated for peer in self._peers)):
+            return None
+        if self.spec.memory == "batch" and batch is not None and self.training:
+            return batch
+        return self.range
 
     def _estimate(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return OBSERVERS[self.spec.observer].estimate(x.detach(), self.spec)

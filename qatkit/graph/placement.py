@@ -24,7 +24,7 @@ def place(capture: Capture, config: QuantConfig) -> Plan:
     reading = find_readers(capture, config)
     config.check_patterns(_paths(capture.copy, reading))
     sharing = share(reading.readers, _calls_of_blocks(capture.root))
-    layers = _layers(reading, sharing, find_folds(capture) if config.fold_batch_norm else {})
+    layers = _layers(reading, sharing, find_folds(capture))
     quantizers = _in_order(reading, sharing)
     if not quantizers:
         kind = type(capture.copy).__name__

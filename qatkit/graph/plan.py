@@ -37,7 +37,8 @@ class LayerPlan:
     Attributes:
         path: path of the module.
         kind: name of its float class.
-        batch_norm: path of the batch norm to fold into the weight, ``None`` for none.
+        batch_norm: path of the batch norm that is folded into the weight, ``None`` for none; while training only
+            with `QuantConfig.fold_batch_norm`, in an exported file always.
         input_is_quantized: the block around it runs its input quantizer.
     """
 

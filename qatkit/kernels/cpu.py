@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import numpy as np
@@ -55,8 +54,8 @@ def shrink(x_CM: Tensor, percentile: float) -> tuple[Tensor, Tensor]:
     most = portable.droppable(total, percentile)
     block = portable.block_size(total, most)
     if most and block:
-        smallest = portable.extremes(x_CM, most + 1, block, largest=False)[:, :: max(most, 1)]
-        biggest = portable.extremes(x_CM, most + 1, block, largest=True)[:, :: max(most, 1)]
+        smallest = portable.extremes(x_CM, most + 1, block, largest=False)[:, ::most]
+        biggest = portable.extremes(x_CM, most + 1, block, largest=True)[:, ::most]
         low, left = smallest.numpy().T
         high, right = biggest.numpy().T
         if _ordinary(low, high):
@@ -66,7 +65,7 @@ def shrink(x_CM: Tensor, percentile: float) -> tuple[Tensor, Tensor]:
     elif most == 0 or channels == 1:
         low_C, high_C = x_CM.amin(1), x_CM.amax(1)
         low, high = low_C.numpy(), high_C.numpy()
-        if most == 0 and np.isfinite(low - low).all() and np.isfinite(high - high).all():
+        if most == 0 and np.isfinite(low).all() and np.isfinite(high).all():
             return low_C, high_C
         if most and _ordinary(low, high):
             return _centers(low, high, *_histogram_ends(x_CM, low, high, most))
@@ -81,7 +80,8 @@ def _ordinary(low: _Array, high: _Array) -> bool:
 
 
 def _bins_per_unit(low: _Array, high: _Array) -> _Array:
-    return np.float32(1) / (high - low) * np.float32(portable.LAST_BIN)
+    factor: _Array = np.float32(1) / (high - low) * np.float32(portable.LAST_BIN)
+    return factor
 
 
 def _centers(low: _Array, high: _Array, first: _Array, last: _Array) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 LAST_BIN = 255
-BLOCK_SIZES = (256, 128, 64, 32)
+BLOCK_SIZES = (128, 64, 32)
 _BLOCKS_PER_ELEMENT = 8
 
 
@@ -150,7 +150,10 @@ def extremes(x_CM: Tensor, k: int, block: int, *, largest: bool) -> Tensor:
     x_CRB = x_CM[:, : blocks * block].reshape(channels, blocks, block)
     peaks_CR = x_CRB.amax(2) if largest else x_CRB.amin(2)
     chosen_Ck = peaks_CR.topk(min(k, blocks), dim=1, largest=largest, sorted=False).indices
-    candidates = x_CRB.gather(1, chosen_Ck[:, :, None].expand(-1, -1, block)).flatten(1)
+    if channels == 1:  # whole rows of one matrix: several times faster than gather
+        candidates = x_CRB[0].index_select(0, chosen_Ck[0]).reshape(1, -1)
+    else:
+        candidates = x_CRB.gather(1, chosen_Ck[:, :, None].expand(-1, -1, block)).flatten(1)
     rest = x_CM[:, blocks * block :]
     return torch.cat([candidates, rest], 1).topk(k, dim=1, largest=largest).values
 

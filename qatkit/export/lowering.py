@@ -1,0 +1,124 @@
+"""A copy of a prepared model that the ONNX exporter can read: folded weights, and a marker for each quantizer."""
+
+from __future__ import annotations
+
+import copy
+
+from torch import Tensor, nn
+
+from qatkit.errors import QatkitError, shorten
+from qatkit.export.marker import Marker
+from qatkit.export.weights import FoldedLayer, fold_layer
+from qatkit.nn.quantized import QuantizedWeight
+from qatkit.prepare import plan_of
+from qatkit.quantizer import TensorQuantizer
+
+
+class Uncalibrated(nn.Module):
+    """Stands for a quantizer without a range: harmless until the exported model reaches it."""
+
+    def __init__(self, name: str) -> None:
+        """Keep the name for the message."""
+        super().__init__()
+        self.name = name
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Refuse."""
+        raise QatkitError(
+            f"{self.name}: has no range; run qatkit.calibrate(model, data), or train, before exporting"
+        )
+
+
+def lower(model: nn.Module) -> nn.Module:
+    """Return the copy, in eval mode, float32, on the CPU.
+
+    Raises:
+        QatkitError: a quantizer has a grid that the file cannot hold, or the model cannot be copied.
+    """
+    try:
+        lowered = copy.deepcopy(model)
+    except Exception as error:
+        raise QatkitError(
+            f"{type(model).__name__}: cannot be copied for export ({shorten(str(error))}); "
+            "make copy.deepcopy(model) work"
+        ) from None
+    lowered = lowered.eval().float().cpu()
+    _name_quantizers(lowered)
+    for path, folded in folded_layers(lowered).items():
+        _replace_weight(lowered, path, folded)
+    _replace_quantizers(lowered)
+    return lowered
+
+
+def folded_layers(model: nn.Module) -> dict[str, FoldedLayer]:
+    """Return each quantized layer of a prepared model as it is exported, by path."""
+    plan = plan_of(model)
+    norms = {} if plan is None else {layer.path: layer.batch_norm for layer in plan.layers}
+    layers: dict[str, FoldedLayer] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, QuantizedWeight):
+            norm = norms.get(path)
+            _check_grid(module.weight_quantizer)
+            layers[path] = fold_layer(module, None if norm is None else model.get_submodule(norm))
+    return layers
+
+
+def _replace_weight(model: nn.Module, path: str, folded: FoldedLayer) -> None:
+    layer = model.get_submodule(path)
+    assert isinstance(layer, QuantizedWeight)
+    quantizer = layer.weight_quantizer
+    plan = plan_of(model)
+    if folded.folded:
+        assert plan is not None
+        norm = next(entry.batch_norm for entry in plan.layers if entry.path == path)
+        assert norm is not None
+        parent, _, name = norm.rpartition(".")
+        model.get_submodule(parent)._modules[name] = nn.Identity()
+    layer._batch_norm = ()
+    layer.weight = nn.Parameter(folded.weight, requires_grad=False)
+    layer.bias = None if folded.bias is None else nn.Parameter(folded.bias, requires_grad=False)
+    stand_in: nn.Module = nn.Identity()
+    if folded.scale is not None:
+        spec = quantizer.spec
+        grid = (spec.quant_min, spec.quant_max)
+        stand_in = Marker(quantizer.name, folded.scale, *grid, folded.axis)
+    layer._modules["weight_quantizer"] = stand_in
+
+
+def _replace_quantizers(model: nn.Module) -> None:
+    """Put one marker in the place of each activation quantizer, under all its paths."""
+    made: dict[int, nn.Module] = {}
+    for module in list(model.modules()):
+        for name, child in list(module._modules.items()):
+            if isinstance(child, TensorQuantizer):
+                module._modules[name] = made.setdefault(id(child), _stand_in(child))
+
+
+def _stand_in(quantizer: TensorQuantizer) -> nn.Module:
+    if not quantizer.quantize:
+        return nn.Identity()
+    if not (quantizer.calibrated or any(peer.calibrated for peer in quantizer.peers)):
+        return Uncalibrated(quantizer.name)
+    _check_grid(quantizer)
+    spec = quantizer.spec
+    return Marker(quantizer.name, quantizer.scale, spec.quant_min, spec.quant_max, spec.axis)
+
+
+def _check_grid(quantizer: TensorQuantizer) -> None:
+    spec = quantizer.spec
+    if not spec.symmetric:
+        raise QatkitError(
+            f"{quantizer.name}: has a zero point, which TensorRT refuses (P2); use QuantSpec(symmetric=True)"
+        )
+    if spec.quant_max > 127:
+        raise QatkitError(
+            f"{quantizer.name}: codes up to {spec.quant_max} do not fit int8, and opset 13..20 has no wider "
+            "signed Q/DQ; use num_bits=8 and signed=True"
+        )
+
+
+def _name_quantizers(model: nn.Module) -> None:
+    """Name the quantizers of layers that were built by hand."""
+    for path, module in model.named_modules():
+        if isinstance(module, TensorQuantizer) and not module.name:
+            module.name = path or "quantizer"

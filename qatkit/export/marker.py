@@ -1,0 +1,151 @@
+"""One operator, ``qatkit::fake_quantize``, marks every quantizer on its way through the ONNX exporter.
+
+The exporters' own fake-quantize conversions refuse narrow grids, and functions with a ``symbolic`` are lost silently in
+the newer exporter; an operator of our own survives both as one node, which `qatkit.export.qdq` turns into Q and DQ.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qatkit.functional import fake_quantize
+
+DOMAIN = "qatkit.marker"
+OPERATOR = "FakeQuantize"
+_SYMBOL = "qatkit::fake_quantize"
+_FIRST_SDPA_OPSET = 14
+
+
+class Marker(nn.Module):
+    """Stands for one quantizer in a model that is being exported.
+
+    Args:
+        name: path of the quantizer.
+        scale: () or (C,) float32.
+        quant_min: lowest code.
+        quant_max: highest code.
+        axis: axis of ``scale``, ``None`` for per-tensor.
+    """
+
+    step: Tensor
+
+    def __init__(
+        self, name: str, scale: Tensor, quant_min: int, quant_max: int, axis: int | None
+    ) -> None:
+        """Keep what the operator needs."""
+        super().__init__()
+        self.name = name
+        self.grid = (quant_min, quant_max)
+        self.axis = -1 if axis is None else axis
+        self.register_buffer("step", scale.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Fake-quantize ``x`` by the marking operator."""
+        return marking_operator()(x, self.step, *self.grid, self.axis, self.name)  # type: ignore[no-any-return]
+
+
+@functools.cache
+def marking_operator() -> Callable[..., Any]:
+    """Return the operator; it is registered with PyTorch at the first use."""
+    library = torch.library.Library("qatkit", "DEF")
+    library.define(
+        "fake_quantize(Tensor x, Tensor scale, int quant_min, int quant_max, int axis, str name) -> Tensor"
+    )
+    library.impl("fake_quantize", _compute, "CompositeExplicitAutograd")
+    operator: Any = torch.ops.qatkit.fake_quantize
+    operator.library = library
+    return operator  # type: ignore[no-any-return]
+
+
+def _compute(
+    x: Tensor, scale: Tensor, quant_min: int, quant_max: int, axis: int, name: str
+) -> Tensor:
+    per_channel = None if axis < 0 else axis
+    zero_point = torch.zeros(scale.shape, dtype=torch.int32, device=scale.device)
+    return fake_quantize(x, scale, zero_point, quant_min, quant_max, per_channel).clone()
+
+
+@contextlib.contextmanager
+def exportable(opset: int) -> Iterator[None]:
+    """Teach the exporter the marker, and leave every global as it was afterwards.
+
+    Args:
+        opset: the opset of the export; attention needs a conversion of our own below 14.
+    """
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    symbols: list[tuple[str, Any]] = [(_SYMBOL, _marker_symbol)]
+    if opset < _FIRST_SDPA_OPSET:
+        symbols.append(("aten::scaled_dot_product_attention", _attention_symbol))
+    registered: list[str] = []
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.no_grad():
+        warnings.simplefilter("ignore")
+        try:
+            torch.backends.mha.set_fastpath_enabled(False)
+            for name, symbol in symbols:
+                torch.onnx.register_custom_op_symbolic(name, symbol, opset)
+                registered.append(name)
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast_path)
+            for name in registered:
+                torch.onnx.unregister_custom_op_symbolic(name, opset)
+
+
+def _marker_symbol(
+    g: Any, x: Any, scale: Any, quant_min: Any, quant_max: Any, axis: Any, name: Any
+) -> Any:
+    from torch.onnx.symbolic_helper import _get_const
+
+    node = g.op(
+        f"{DOMAIN}::{OPERATOR}",
+        x,
+        scale,
+        quant_min_i=_get_const(quant_min, "i", "quant_min"),
+        quant_max_i=_get_const(quant_max, "i", "quant_max"),
+        axis_i=_get_const(axis, "i", "axis"),
+        name_s=_get_const(name, "s", "name"),
+    )
+    node.setType(x.type())
+    return node
+
+
+def _attention_symbol(
+    g: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    mask: Any = None,
+    dropout: Any = 0.0,
+    causal: Any = False,
+    scale: Any = None,
+    grouped: Any = False,
+) -> Any:
+    r"""Write ``softmax(scale * Q K^T + mask) V`` with operators of opset 13."""
+    from torch.onnx.symbolic_helper import _get_const, _is_none, _type_utils
+
+    if _get_const(causal, "b", "is_causal") or _get_const(grouped, "b", "enable_gqa"):
+        raise torch.onnx.errors.UnsupportedOperatorError(
+            "aten::scaled_dot_product_attention (causal or grouped)", 13, _FIRST_SDPA_OPSET
+        )
+    sizes = query.type().sizes()
+    factor = _get_const(scale, "f", "scale") if scale is not None and not _is_none(scale) else None
+    factor = sizes[-1] ** -0.5 if factor is None else factor
+    rank = len(sizes)
+    swapped = [*range(rank - 2), rank - 1, rank - 2]
+    scaled = g.op("Mul", query, g.op("Constant", value_t=torch.tensor(factor)))
+    scores = g.op("MatMul", scaled, g.op("Transpose", key, perm_i=swapped))
+    if mask is not None and not _is_none(mask):
+        kind = _type_utils.JitScalarType.from_value(mask)
+        if kind == _type_utils.JitScalarType.BOOL:
+            low = g.op("Constant", value_t=torch.tensor(float("-inf")))
+            zero = g.op("Constant", value_t=torch.tensor(0.0))
+            mask = g.op("Where", mask, zero, low)
+        scores = g.op("Add", scores, mask)
+    return g.op("MatMul", g.op("Softmax", scores, axis_i=-1), value)

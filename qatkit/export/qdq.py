@@ -1,0 +1,207 @@
+"""The ONNX pass that turns marker nodes into QuantizeLinear and DequantizeLinear."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from qatkit.errors import QatkitError
+from qatkit.export.marker import DOMAIN, OPERATOR
+
+if TYPE_CHECKING:
+    from onnx import GraphProto, ModelProto, NodeProto
+
+SUFFIX_Q = "/QuantizeLinear"
+SUFFIX_DQ = "/DequantizeLinear"
+_INT8 = (-128, 127)
+
+
+@dataclass(frozen=True)
+class _Mark:
+    """The attributes of one marker node."""
+
+    name: str
+    scale: Any
+    quant_min: int
+    quant_max: int
+    axis: int | None
+
+
+def insert_qdq(model: ModelProto, *, int8_weights: bool) -> None:
+    """Replace every marker by Q and DQ, in place.
+
+    The same quantizer on the same tensor becomes one pair. Zero points are int8 zeros. A grid narrower than int8 gets
+    a Clip in front of Q. A weight becomes float -> Q -> DQ, or with ``int8_weights`` int8 -> DQ. A transpose of a
+    quantized weight is done on the weight.
+
+    Args:
+        model: what the exporter wrote.
+        int8_weights: store the codes of the weights.
+
+    Raises:
+        QatkitError: a marker is inside a subgraph.
+    """
+    _Pass(model.graph, int8_weights).run()
+    for node in _all_nodes(model.graph):
+        if node.domain == DOMAIN:
+            raise QatkitError(
+                f"{_attributes(node)['name']}: is inside an If or Loop, where Q and DQ cannot be placed; "
+                "disable it by a Rule(enabled=False)"
+            )
+    for i in reversed(range(len(model.opset_import))):
+        if model.opset_import[i].domain == DOMAIN:
+            del model.opset_import[i]
+
+
+class _Pass:
+    def __init__(self, graph: GraphProto, int8_weights: bool) -> None:
+        from onnx import numpy_helper
+
+        self._graph = graph
+        self._int8_weights = int8_weights
+        self._constants: dict[str, Any] = {i.name: i for i in graph.initializer}
+        self._to_array = numpy_helper.to_array
+        self._from_array = numpy_helper.from_array
+        self._nodes: list[NodeProto] = []
+        self._renamed: dict[str, str] = {}
+        self._made: dict[tuple[str, str], str] = {}
+        self._count: dict[str, int] = {}
+
+    def run(self) -> None:
+        transposes = self._transposed_weights()
+        for node in self._graph.node:
+            for i, name in enumerate(node.input):
+                node.input[i] = self._renamed.get(name, name)
+            if node.op_type == OPERATOR and node.domain == DOMAIN:
+                self._renamed[node.output[0]] = self._convert(node, transposes.get(node.output[0]))
+            elif node.op_type == "Transpose" and node.input[0] in self._made.values() and (
+                node.name in {t.name for t in transposes.values()}
+            ):
+                self._renamed[node.output[0]] = node.input[0]
+            else:
+                self._nodes.append(node)
+        for output in self._graph.output:
+            if output.name in self._renamed:
+                self._expose(output.name)
+        del self._graph.node[:]
+        self._graph.node.extend(self._nodes)
+
+    def _expose(self, name: str) -> None:
+        """Keep the name of a graph output that a quantizer makes."""
+        from onnx import helper
+
+        self._nodes.append(helper.make_node("Identity", [self._renamed[name]], [name], f"{name}/Identity"))
+
+    def _transposed_weights(self) -> dict[str, NodeProto]:
+        """Return the transpose behind each marked weight that is read by nothing else."""
+        readers: dict[str, list[NodeProto]] = {}
+        for node in self._graph.node:
+            for name in node.input:
+                readers.setdefault(name, []).append(node)
+        found = {}
+        for node in self._graph.node:
+            if node.domain != DOMAIN or node.input[0] not in self._constants:
+                continue
+            behind = readers.get(node.output[0], [])
+            if len(behind) == 1 and behind[0].op_type == "Transpose":
+                found[node.output[0]] = behind[0]
+        return found
+
+    def _convert(self, node: NodeProto, transpose: NodeProto | None) -> str:
+        """Emit the nodes of one marker and return the name of the dequantized tensor."""
+        data = node.input[0]
+        attributes = _attributes(node)
+        name = attributes["name"].decode()
+        if (data, name) in self._made:
+            return self._made[data, name]
+        axis = attributes["axis"] if attributes["axis"] >= 0 else None
+        scale = self._to_array(self._constant(node.input[1]))
+        mark = _Mark(name, scale, attributes["quant_min"], attributes["quant_max"], axis)
+        if data in self._constants:
+            result = self._weight(data, mark, transpose)
+        else:
+            result = self._activation(data, mark)
+        self._made[data, name] = result
+        return result
+
+    def _weight(self, data: str, mark: _Mark, transpose: NodeProto | None) -> str:
+        weight = self._to_array(self._constants[data])
+        if transpose is not None:
+            order = list(_attributes(transpose)["perm"])
+            weight = np.ascontiguousarray(weight.transpose(order))
+            axis = None if mark.axis is None else order.index(mark.axis)
+            mark = _Mark(mark.name, mark.scale, mark.quant_min, mark.quant_max, axis)
+        base = self._base(mark.name)
+        scale, zero = self._grid(base, mark)
+        if not self._int8_weights:
+            self._add_constant(f"{base}.weight", weight)
+            codes = self._node("QuantizeLinear", [f"{base}.weight", scale, zero], base, mark.axis)
+        else:
+            codes = f"{base}.codes"
+            shape = [-1 if d == mark.axis else 1 for d in range(weight.ndim)]
+            step = mark.scale if mark.axis is None else mark.scale.reshape(shape)
+            self._add_constant(codes, np.rint(weight / step).astype(np.int8))
+        return self._node("DequantizeLinear", [codes, scale, zero], base, mark.axis)
+
+    def _activation(self, data: str, mark: _Mark) -> str:
+        base = self._base(mark.name)
+        scale, zero = self._grid(base, mark)
+        if (mark.quant_min, mark.quant_max) != _INT8:
+            low, high = (np.float32(code) * mark.scale for code in (mark.quant_min, mark.quant_max))
+            self._add_constant(f"{base}.low", np.asarray(low, np.float32))
+            self._add_constant(f"{base}.high", np.asarray(high, np.float32))
+            data = self._node("Clip", [data, f"{base}.low", f"{base}.high"], base, None)
+        codes = self._node("QuantizeLinear", [data, scale, zero], base, mark.axis)
+        return self._node("DequantizeLinear", [codes, scale, zero], base, mark.axis)
+
+    def _base(self, name: str) -> str:
+        """Return the name, numbered from its second use on."""
+        number = self._count[name] = self._count.get(name, -1) + 1
+        return f"{name}#{number}" if number else name
+
+    def _grid(self, base: str, mark: _Mark) -> tuple[str, str]:
+        """Add the scale and the int8 zero point."""
+        scale = np.asarray(mark.scale, np.float32)
+        self._add_constant(f"{base}.scale", scale)
+        self._add_constant(f"{base}.zero_point", np.zeros(scale.shape, np.int8))
+        return f"{base}.scale", f"{base}.zero_point"
+
+    def _node(self, kind: str, inputs: list[str], base: str, axis: int | None) -> str:
+        from onnx import helper
+
+        output = f"{base}/{kind}_output"
+        settings = {} if kind == "Clip" else {"axis": 1 if axis is None else axis}
+        self._nodes.append(helper.make_node(kind, inputs, [output], f"{base}/{kind}", **settings))
+        return output
+
+    def _add_constant(self, name: str, array: Any) -> None:
+        tensor = self._from_array(np.asarray(array), name)
+        self._graph.initializer.append(tensor)
+
+    def _constant(self, name: str) -> Any:
+        if name in self._constants:
+            return self._constants[name]
+        for node in self._graph.node:
+            if node.op_type == "Constant" and node.output[0] == name:
+                return _attributes(node)["value"]
+            if node.op_type == "Identity" and node.output[0] == name:
+                return self._constant(node.input[0])
+        raise QatkitError(f"{name}: the exporter made a scale that is not a constant; report this model")
+
+
+def _attributes(node: NodeProto) -> dict[str, Any]:
+    from onnx import helper
+
+    return {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+
+
+def _all_nodes(graph: GraphProto) -> list[NodeProto]:
+    """Return the nodes of a graph and of the graphs inside its nodes."""
+    nodes = list(graph.node)
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                nodes += _all_nodes(attribute.g)
+    return nodes

@@ -1,0 +1,102 @@
+"""The integers of a layer's weight, with the batch norm behind it folded in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qatkit.functional import folded_weight_and_bias
+from qatkit.nn.quantized import QuantizedWeight
+
+_SMALLEST_SCALE = 2.0**-126
+
+
+@dataclass(frozen=True, eq=False)
+class FoldedLayer:
+    """What a layer and its batch norm compute together.
+
+    Attributes:
+        weight: float32 in the shape of the layer's weight; on the grid (``codes * scale``) if it is quantized.
+        bias: (C_out,) float32, ``None`` for none.
+        codes: int32 in the shape of the weight, ``None`` for a float weight.
+        scale: () or (C,) float32.
+        axis: the axis that ``scale`` runs along, ``None`` for per-tensor.
+        folded: whether the batch norm is in it.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    codes: Tensor | None
+    scale: Tensor | None
+    axis: int | None
+    folded: bool
+
+
+def fold_layer(layer: QuantizedWeight, norm: nn.Module | None) -> FoldedLayer:
+    """Fold a batch norm into a quantized layer without changing a single code.
+
+    The codes are those that the layer computes with: of ``w * s`` where its quantizer sees the fold, else of ``w``;
+    in the second case ``Q(w) * s`` has the same codes on the scale ``scale * |s|``, negated where ``s < 0``. A channel
+    with ``s = 0``, or whose scale is no normal number, has only zeros and the scale 1.
+
+    Args:
+        layer: the layer; it is not changed.
+        norm: the batch norm behind it, ``None`` for none.
+    """
+    with torch.no_grad():
+        quantizer = layer.weight_quantizer
+        if not quantizer.quantize:
+            weight, bias = _fold_float(layer, norm)
+            return FoldedLayer(weight, bias, None, None, None, norm is not None)
+        seen = layer.weight_fold_scale()
+        raw = layer.weight.float() if seen is None else layer.weight.float() * seen
+        grid = quantizer.grid_for(raw)
+        assert grid is not None, "a weight always has a range"
+        scale, axis = grid[0].float(), quantizer.spec.axis
+        codes = torch.round(quantizer(raw) / _along(scale, axis, raw.dim())).to(torch.int32)
+        bias = None if layer.bias is None else layer.bias.float()
+        if norm is None:
+            return _finish(codes, scale, axis, bias, folded=False)
+        if seen is None and layer.groups_of_output > 1:
+            return _finish(codes, scale, axis, bias, folded=False)
+        factor, bias = _factor_and_bias(layer, norm)
+        if seen is not None:
+            dead = layer.along_output(factor == 0).expand_as(codes)
+            return _finish(codes.masked_fill(dead, 0), scale, axis, bias, folded=True)
+        axis = layer.output_axis
+        signs = layer.along_output(torch.sign(factor)).to(torch.int32)
+        return _finish(codes * signs, scale * factor.abs(), axis, bias, folded=True)
+
+
+def _finish(
+    codes: Tensor, scale: Tensor, axis: int | None, bias: Tensor | None, *, folded: bool
+) -> FoldedLayer:
+    """Give dead channels zeros and the scale 1, and put the weight on the grid."""
+    alive = torch.isfinite(scale) & (scale >= _SMALLEST_SCALE)
+    scale = torch.where(alive, scale, 1.0)
+    codes = codes * _along(alive.to(torch.int32), axis, codes.dim())
+    weight = codes.float() * _along(scale, axis, codes.dim())
+    return FoldedLayer(weight, bias, codes, scale, axis, folded)
+
+
+def _fold_float(layer: QuantizedWeight, norm: nn.Module | None) -> tuple[Tensor, Tensor | None]:
+    weight = layer.weight.float().clone()
+    if norm is None:
+        return weight, None if layer.bias is None else layer.bias.float()
+    factor, bias = _factor_and_bias(layer, norm)
+    return (weight.double() * layer.along_output(factor.double())).float(), bias
+
+
+def _factor_and_bias(layer: QuantizedWeight, norm: Any) -> tuple[Tensor, Tensor]:
+    """Return what the norm multiplies each output channel with, and the bias of both together: (C_out,) float32."""
+    mean = norm.running_mean
+    ones = torch.ones_like(mean)
+    statistics = (norm.weight, norm.bias, mean, norm.running_var, norm.eps)
+    return folded_weight_and_bias(ones, layer.bias, *statistics)
+
+
+def _along(vector: Tensor, axis: int | None, dims: int) -> Tensor:
+    return vector if axis is None else vector.reshape([-1 if d == axis else 1 for d in range(dims)])
