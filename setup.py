@@ -1,8 +1,12 @@
 """Package metadata of qatkit; settings of the tools are in pyproject.toml."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.findall(r'__version__ = "(.+)"', (ROOT / "qatkit" / "version.py").read_text())[0]
 
 ONNX = ["onnx>=1.16", "onnxruntime>=1.18", "onnxscript>=0.3"]
 VISION = ["torchvision>=0.21", "scikit-learn", "tqdm", "pillow"]
@@ -13,9 +17,9 @@ DEV = [*ALL, "pytest>=8.2", "hypothesis", "mypy>=1.11", "ruff>=0.9", "build", "s
 
 setup(
     name="qatkit",
-    version="0.1.0",
+    version=VERSION,
     description="Quantization-aware training for PyTorch, up to a verified QDQ ONNX file",
-    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     python_requires=">=3.10",
     packages=find_packages(include=["qatkit", "qatkit.*"]),

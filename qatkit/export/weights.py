@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from qatkit.functional import folded_weight_and_bias
 from qatkit.nn.quantized import QuantizedWeight
@@ -91,11 +93,20 @@ def _fold_float(layer: QuantizedWeight, norm: nn.Module | None) -> tuple[Tensor,
 
 
 def _factor_and_bias(layer: QuantizedWeight, norm: Any) -> tuple[Tensor, Tensor]:
-    """Return what the norm multiplies each output channel with, and the bias of both together: (C_out,) float32."""
-    mean = norm.running_mean
+    """Return what the norm multiplies each output channel with, and the bias of both together: (C_out,) float32.
+
+    The bias is what the norm itself makes of the layer's bias, bit for bit: a channel whose inputs are all zero is
+    constant in the model and in the file, and must round to the same code in both.
+    """
+    mean = norm.running_mean.float()
     ones = torch.ones_like(mean)
-    statistics = (norm.weight, norm.bias, mean, norm.running_var, norm.eps)
-    return folded_weight_and_bias(ones, layer.bias, *statistics)
+    factor, _ = folded_weight_and_bias(ones, None, norm.weight, None, mean, norm.running_var, norm.eps)
+    bias = torch.zeros_like(mean) if layer.bias is None else layer.bias.float()
+    pixel = bias.reshape(1, -1, *[1] * (layer.weight.dim() - 2))
+    if isinstance(norm, _BatchNorm):
+        statistics = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+        return factor, F.batch_norm(pixel, *statistics, training=False, eps=norm.eps).flatten()
+    return factor, norm(pixel).flatten()
 
 
 def _along(vector: Tensor, axis: int | None, dims: int) -> Tensor:

@@ -116,13 +116,13 @@ class Plan:
             f"{len(self.blocks)} rewritten blocks, {len(self.groups)} shared scales, {len(self.skipped)} left in float"
         )
         rows = [("quantizer", "bits", "observer", "why"), *(_row(q) for q in self.quantizers)]
-        lines = [head, "", *_table(rows)]
+        lines = [head, "", *table(rows)]
         if self.groups:
             shared = [("shared scale (F8, F9)",), *((", ".join(group),) for group in self.groups)]
-            lines += ["", *_table(shared)]
+            lines += ["", *table(shared)]
         if self.skipped:
             left = [("left in float", "why"), *((skip.path, skip.reason) for skip in self.skipped)]
-            lines += ["", *_table(left)]
+            lines += ["", *table(left)]
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
@@ -149,7 +149,7 @@ def _row(entry: QuantizerPlan) -> tuple[str, str, str, str]:
     return entry.path, str(spec.num_bits), observer, entry.reason + shared
 
 
-def _table(rows: Iterable[tuple[str, ...]]) -> list[str]:
+def table(rows: Iterable[tuple[str, ...]]) -> list[str]:
     """Align the columns, the last one ragged."""
     table = list(rows)
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
