@@ -18,8 +18,8 @@ Undo = Callable[[], None]
 class Mode:
     """A change of some modules' state: a context manager, or with `apply` for good.
 
-    The change happens on entering the context. On leaving it, also by an exception, each module gets
-    back the state that it had; contexts nest, and one object can be entered again.
+    The change happens on entering the context. On leaving it, also by an exception, each module
+    gets back the state that it had; contexts nest, and one object can be entered again.
 
     Args:
         change: makes the change, all of it or none, and returns what restores the state before.
@@ -84,15 +84,19 @@ def disable_quantization(model: nn.Module, pattern: str = "*") -> Mode:
 
 
 def enable_quantization(model: nn.Module, pattern: str = "*") -> Mode:
-    """Quantize tensors; the counterpart of `disable_quantization`, with the same uses and errors."""
+    """Quantize tensors: the counterpart of `disable_quantization`, with its uses and errors."""
     return _switch(model, pattern, on=True)
 
 
 def quantizers(model: nn.Module, pattern: str = "*") -> Iterator[tuple[str, TensorQuantizer]]:
-    """Yield each quantizer that ``pattern`` matches under any of its paths once, with that path."""
+    """Yield ``(path, quantizer)`` of each one that ``pattern`` matches under any path, once."""
     seen: set[int] = set()
     for path, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, TensorQuantizer) and id(module) not in seen and matches(pattern, path):
+        if (
+            isinstance(module, TensorQuantizer)
+            and id(module) not in seen
+            and matches(pattern, path)
+        ):
             seen.add(id(module))
             yield path, module
 

@@ -60,7 +60,9 @@ def plan(model: nn.Module, example_inputs: Any, config: QuantConfig | str | None
     return place(capture(model, example_inputs), chosen)
 
 
-def prepare(model: nn.Module, example_inputs: Any, config: QuantConfig | str | None = None) -> nn.Module:
+def prepare(
+    model: nn.Module, example_inputs: Any, config: QuantConfig | str | None = None
+) -> nn.Module:
     """Put quantizers into a model, in place.
 
     Layers become their quantized classes and keep parameters, keys and hooks; blocks with a residual join or several
@@ -127,7 +129,9 @@ def _check(wanted: Plan, modules: dict[str, nn.Module], name: str) -> None:
             )
     for block in wanted.blocks:
         if block.path not in modules:
-            raise QatkitError(f"{name}: expects a block at {block.path!r}; build the same float model")
+            raise QatkitError(
+                f"{name}: expects a block at {block.path!r}; build the same float model"
+            )
 
 
 def _swap_layers(wanted: Plan, modules: dict[str, nn.Module]) -> None:

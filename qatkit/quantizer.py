@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from qatkit.errors import QatkitError
-from qatkit.functional import fake_quantize, qparams
-from qatkit.observers import OBSERVERS
+from qatkit.functional import fake_quantize, fake_quantize_unclipped, qparams
+from qatkit.observers import OBSERVERS, update
 from qatkit.spec import QuantSpec
 
 Observe = Literal["training", "always", "never"]
@@ -132,7 +132,17 @@ class TensorQuantizer(nn.Module):
             return x
         spec = self.spec
         scale, zero_point = qparams(*chosen, spec)
-        return fake_quantize(x, scale, zero_point, spec.quant_min, spec.quant_max, spec.axis)
+        if self._covers_all:
+            return fake_quantize_unclipped(x, scale, spec.axis)
+        center = 0 if spec.symmetric else zero_point
+        return fake_quantize(x, scale, center, spec.quant_min, spec.quant_max, spec.axis)
+
+    @property
+    def _covers_all(self) -> bool:
+        """Whether the range is that of the tensor itself, so that nothing is clipped."""
+        spec = self.spec
+        own_range = spec.memory == "latest" and self.observe != "never" and spec.observer == "minmax"
+        return own_range and spec.symmetric and spec.signed and not spec.power_of_two
 
     def grid_for(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
         """Return the ``(scale, zero_point)`` that `x` is quantized with in eval; ``None`` without a range."""
@@ -150,9 +160,13 @@ class TensorQuantizer(nn.Module):
             QatkitError: not finite, or low > high.
         """
         ends = [torch.as_tensor(end, dtype=torch.float32).detach() for end in (low, high)]
-        if not all(bool(torch.isfinite(end).all()) for end in ends) or bool((ends[0] > ends[1]).any()):
+        if not all(bool(torch.isfinite(end).all()) for end in ends) or bool(
+            (ends[0] > ends[1]).any()
+        ):
             where = self.name or "TensorQuantizer"
-            raise QatkitError(f"{where}: range {low} .. {high}: give finite numbers with low <= high")
+            raise QatkitError(
+                f"{where}: range {low} .. {high}: give finite numbers with low <= high"
+            )
         with torch.no_grad():
             self.min_val.copy_(ends[0].expand_as(self.min_val))
             self.max_val.copy_(ends[1].expand_as(self.max_val))
@@ -202,14 +216,12 @@ class TensorQuantizer(nn.Module):
             if self.spec.memory == "latest":
                 self.min_val.copy_(low)
                 self.max_val.copy_(high)
+                self.num_batches.add_(1)
             else:
                 if self.training and _world_size() > 1:
                     low, high = _mean_over_ranks(low, high)
-                old = (self.min_val, self.max_val, self.num_batches)
-                new = OBSERVERS[self.spec.observer].remember(*old, low, high, self.spec)
-                self.min_val.copy_(new[0])
-                self.max_val.copy_(new[1])
-            self.num_batches.add_(1)
+                state = (self.min_val, self.max_val, self.num_batches)
+                update(OBSERVERS[self.spec.observer].remember, state, (low, high), self.spec)
         self._has_range = True
         return low, high
 
@@ -241,7 +253,9 @@ def share_range(quantizers: list[TensorQuantizer]) -> None:
     grids = {(q.spec.num_bits, q.spec.signed, q.spec.symmetric, q.spec.axis) for q in quantizers}
     if len(grids) > 1:
         names = ", ".join(q.name for q in quantizers)
-        raise QatkitError(f"{names}: one scale for different grids {grids}; give them one QuantSpec")
+        raise QatkitError(
+            f"{names}: one scale for different grids {grids}; give them one QuantSpec"
+        )
     for quantizer in quantizers:
         quantizer._peers = tuple(peer for peer in quantizers if peer is not quantizer)
 

@@ -21,7 +21,7 @@ LAYERS = (
     ("quantizer",),
     ("nn", "modes"),
     ("graph",),
-    ("prepare", "calibrate", "schedule", "freeze", "summary", "checkpoint"),
+    ("prepare", "batches", "calibrate", "schedule", "freeze", "summary", "checkpoint"),
     ("ptq", "analysis", "export", "integer"),
     ("compat", "cli"),
 )

@@ -54,7 +54,9 @@ def batch_norm_to_affine(model: ModelProto) -> None:
             continue
         eps = next((a.f for a in node.attribute if a.name == "epsilon"), 1e-5)
         gamma, beta, mean, var = (
-            numpy_helper.to_array(tensor).astype(np.float64) for tensor in parameters if tensor is not None
+            numpy_helper.to_array(tensor).astype(np.float64)
+            for tensor in parameters
+            if tensor is not None
         )
         factor = gamma / np.sqrt(var + eps)
         shape = (-1, *[1] * (ranks[node.input[0]] - 2))

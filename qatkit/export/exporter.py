@@ -154,7 +154,9 @@ def _writable(path: str | os.PathLike[str]) -> Path:
     if not target.parent.is_dir():
         raise QatkitError(f"{target}: the directory {target.parent} does not exist; make it first")
     if not os.access(target.parent, os.W_OK):
-        raise QatkitError(f"{target}: the directory {target.parent} is not writable; choose another")
+        raise QatkitError(
+            f"{target}: the directory {target.parent} is not writable; choose another"
+        )
     return target
 
 
@@ -221,13 +223,21 @@ def _output_names(
     result = lowered(*args, **kwargs)
     outputs = {"output": result}
     if not isinstance(result, Tensor):
-        many = result.items() if isinstance(result, dict) else enumerate(result if isinstance(result, tuple | list) else ())
+        many = (
+            result.items()
+            if isinstance(result, dict)
+            else enumerate(result if isinstance(result, tuple | list) else ())
+        )
         outputs = {f"output_{key}": value for key, value in many}
     if not all(isinstance(value, Tensor) for value in outputs.values()):
         return [], {}
     if not dynamic_batch:
         return list(outputs), {}
-    batched = {name: value for name, value in inputs.items() if isinstance(value, Tensor) and value.dim() > 1}
+    batched = {
+        name: value
+        for name, value in inputs.items()
+        if isinstance(value, Tensor) and value.dim() > 1
+    }
     sizes = {value.shape[0] for value in batched.values()}
     same = {
         name: value
@@ -265,7 +275,9 @@ def _atomic(target: Path) -> Iterator[Path]:
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(target)
     except OSError as error:
-        raise QatkitError(f"{target}: cannot be written ({shorten(str(error))}); choose another path") from None
+        raise QatkitError(
+            f"{target}: cannot be written ({shorten(str(error))}); choose another path"
+        ) from None
     finally:
         temporary.unlink(missing_ok=True)
 

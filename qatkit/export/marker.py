@@ -128,22 +128,23 @@ def _attention_symbol(
     grouped: Any = False,
 ) -> Any:
     r"""Write ``softmax(scale * Q K^T + mask) V`` with operators of opset 13."""
-    from torch.onnx.symbolic_helper import _get_const, _is_none, _type_utils
+    from torch.onnx.symbolic_helper import _get_const, _get_tensor_rank, _is_none
 
     if _get_const(causal, "b", "is_causal") or _get_const(grouped, "b", "enable_gqa"):
         raise torch.onnx.errors.UnsupportedOperatorError(
             "aten::scaled_dot_product_attention (causal or grouped)", 13, _FIRST_SDPA_OPSET
         )
-    sizes = query.type().sizes()
-    factor = _get_const(scale, "f", "scale") if scale is not None and not _is_none(scale) else None
-    factor = sizes[-1] ** -0.5 if factor is None else factor
-    rank = len(sizes)
+    if scale is None or _is_none(scale):
+        last = g.op("Constant", value_t=torch.tensor([-1]))
+        length = g.op("Cast", g.op("Gather", g.op("Shape", query), last), to_i=1)
+        factor = g.op("Reciprocal", g.op("Sqrt", length))
+    else:
+        factor = g.op("Constant", value_t=torch.tensor(_get_const(scale, "f", "scale")))
+    rank = _get_tensor_rank(query) or 4
     swapped = [*range(rank - 2), rank - 1, rank - 2]
-    scaled = g.op("Mul", query, g.op("Constant", value_t=torch.tensor(factor)))
-    scores = g.op("MatMul", scaled, g.op("Transpose", key, perm_i=swapped))
+    scores = g.op("MatMul", g.op("Mul", query, factor), g.op("Transpose", key, perm_i=swapped))
     if mask is not None and not _is_none(mask):
-        kind = _type_utils.JitScalarType.from_value(mask)
-        if kind == _type_utils.JitScalarType.BOOL:
+        if mask.type().scalarType() == "Bool":
             low = g.op("Constant", value_t=torch.tensor(float("-inf")))
             zero = g.op("Constant", value_t=torch.tensor(0.0))
             mask = g.op("Where", mask, zero, low)

@@ -76,8 +76,10 @@ class _Pass:
                 node.input[i] = self._renamed.get(name, name)
             if node.op_type == OPERATOR and node.domain == DOMAIN:
                 self._renamed[node.output[0]] = self._convert(node, transposes.get(node.output[0]))
-            elif node.op_type == "Transpose" and node.input[0] in self._made.values() and (
-                node.name in {t.name for t in transposes.values()}
+            elif (
+                node.op_type == "Transpose"
+                and node.input[0] in self._made.values()
+                and (node.name in {t.name for t in transposes.values()})
             ):
                 self._renamed[node.output[0]] = node.input[0]
             else:
@@ -92,7 +94,9 @@ class _Pass:
         """Keep the name of a graph output that a quantizer makes."""
         from onnx import helper
 
-        self._nodes.append(helper.make_node("Identity", [self._renamed[name]], [name], f"{name}/Identity"))
+        self._nodes.append(
+            helper.make_node("Identity", [self._renamed[name]], [name], f"{name}/Identity")
+        )
 
     def _transposed_weights(self) -> dict[str, NodeProto]:
         """Return the transpose behind each marked weight that is read by nothing else."""
@@ -188,7 +192,9 @@ class _Pass:
                 return _attributes(node)["value"]
             if node.op_type == "Identity" and node.output[0] == name:
                 return self._constant(node.input[0])
-        raise QatkitError(f"{name}: the exporter made a scale that is not a constant; report this model")
+        raise QatkitError(
+            f"{name}: the exporter made a scale that is not a constant; report this model"
+        )
 
 
 def _attributes(node: NodeProto) -> dict[str, Any]:

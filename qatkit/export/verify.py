@@ -175,7 +175,9 @@ def _activations(
 
     constants = {tensor.name for tensor in proto.graph.initializer}
     pairs: list[tuple[NodeProto, NodeProto, _Seen]] = []
-    readers = {node.input[0]: node for node in proto.graph.node if node.op_type == "DequantizeLinear"}
+    readers = {
+        node.input[0]: node for node in proto.graph.node if node.op_type == "DequantizeLinear"
+    }
     for node in proto.graph.node:
         if node.op_type != "QuantizeLinear" or node.input[0] in constants:
             continue
@@ -195,8 +197,12 @@ def _activations(
     del forced.graph.output[:]
     for q, dq, call in pairs:
         shape = [None] * call.result.ndim
-        forced.graph.input.append(helper.make_tensor_value_info(given[dq.output[0]], TensorProto.FLOAT, shape))
-        forced.graph.output.append(helper.make_tensor_value_info(q.output[0], TensorProto.INT8, None))
+        forced.graph.input.append(
+            helper.make_tensor_value_info(given[dq.output[0]], TensorProto.FLOAT, shape)
+        )
+        forced.graph.output.append(
+            helper.make_tensor_value_info(q.output[0], TensorProto.INT8, None)
+        )
     feeds = feeds | {given[dq.output[0]]: call.result for _, dq, call in pairs}
     results = _run(forced, feeds, path) if pairs else []
     return [
@@ -259,7 +265,9 @@ def _compare(name: str, expected: Array, found: Array) -> QuantizerCheck:
 def _report(
     checks: list[QuantizerCheck], expected: list[Tensor], found: list[Array]
 ) -> VerifyReport:
-    pairs = [(a.detach().numpy().astype(np.float64), b) for a, b in zip(expected, found, strict=False)]
+    pairs = [
+        (a.detach().numpy().astype(np.float64), b) for a, b in zip(expected, found, strict=False)
+    ]
     same = [(a, b) for a, b in pairs if a.shape == b.shape and a.size]
     differences = [np.abs(a - b) for a, b in same]
     square = sum(float((d**2).sum()) for d in differences)
@@ -286,7 +294,9 @@ def _load(path: Any) -> ModelProto:
     except FileNotFoundError:
         raise QatkitError(f"{path}: no such file; export the model first") from None
     except Exception as error:
-        raise QatkitError(f"{path}: is no ONNX file ({shorten(str(error))}); export the model again") from None
+        raise QatkitError(
+            f"{path}: is no ONNX file ({shorten(str(error))}); export the model again"
+        ) from None
 
 
 def _feeds(proto: ModelProto, given: list[Tensor], path: Any) -> dict[str, Array]:

@@ -100,7 +100,9 @@ def _factor_and_bias(layer: QuantizedWeight, norm: Any) -> tuple[Tensor, Tensor]
     """
     mean = norm.running_mean.float()
     ones = torch.ones_like(mean)
-    factor, _ = folded_weight_and_bias(ones, None, norm.weight, None, mean, norm.running_var, norm.eps)
+    factor, _ = folded_weight_and_bias(
+        ones, None, norm.weight, None, mean, norm.running_var, norm.eps
+    )
     bias = torch.zeros_like(mean) if layer.bias is None else layer.bias.float()
     pixel = bias.reshape(1, -1, *[1] * (layer.weight.dim() - 2))
     if isinstance(norm, _BatchNorm):

@@ -216,7 +216,9 @@ class _Recorder(TorchFunctionMode):
             self._leaf_depth -= is_leaf(module)
             call = self._stack.pop()
             versions = self._versions.pop()
-            untouched = {id(t) for t in tensors((args, kwargs)) if t._version == versions.get(id(t))}
+            untouched = {
+                id(t) for t in tensors((args, kwargs)) if t._version == versions.get(id(t))
+            }
             if call.kind == "Block":
                 if not call.children and any(id(t) in untouched for t in tensors(result)):
                     call.kind = "Identity"
@@ -231,7 +233,12 @@ class _Recorder(TorchFunctionMode):
         return before, after
 
     def _open(
-        self, name: str, kind: str, module: nn.Module | None, template: Template, inputs: list[Value]
+        self,
+        name: str,
+        kind: str,
+        module: nn.Module | None,
+        template: Template,
+        inputs: list[Value],
     ) -> Call:
         parent = self._stack[-1] if self._stack else None
         call = Call(name, kind, module, parent, template, inputs, index=len(self.calls))

@@ -22,7 +22,12 @@ def find_folds(capture: Capture) -> dict[str, str]:
         if call.kind not in _FOLDABLE or call.module is None or times[call.name] != 1:
             continue
         norm = _only_consumer(call.results[0], returned)
-        if norm is None or norm.kind != "BatchNormalization" or norm.module is None or times[norm.name] != 1:
+        if (
+            norm is None
+            or norm.kind != "BatchNormalization"
+            or norm.module is None
+            or times[norm.name] != 1
+        ):
             continue
         if call.kind == "Gemm" and len(call.results[0].shape) != 2:
             continue

@@ -44,11 +44,16 @@ _COMPUTES = {
 }
 
 KINDS: Mapping[str, str] = {
-    name: kind for table in (_COPIES, _COMPUTES) for kind, names in table.items() for name in names.split()
+    name: kind
+    for table in (_COPIES, _COMPUTES)
+    for kind, names in table.items()
+    for name in names.split()
 }
 
 _OPERATORS = {
-    prefix + name: name for prefix in ("i", "r") for name in ("add", "sub", "mul", "truediv", "matmul", "floordiv")
+    prefix + name: name
+    for prefix in ("i", "r")
+    for name in ("add", "sub", "mul", "truediv", "matmul", "floordiv")
 }
 _MODULES = {
     "Conv1d": "conv1d",
@@ -132,7 +137,11 @@ def is_leaf(module: nn.Module) -> bool:
         return True
     containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
     childless = not any(True for _ in module.children())
-    return kind.__module__.startswith("torch.nn.modules.") and childless and not isinstance(module, containers)
+    return (
+        kind.__module__.startswith("torch.nn.modules.")
+        and childless
+        and not isinstance(module, containers)
+    )
 
 
 def kind_of(name: str) -> str:

@@ -62,13 +62,17 @@ def trace_level(block: nn.Module, template: Template, *, training: bool) -> fx.G
     if "forward" in block.__dict__:
         raise LevelError("its forward was replaced on the object")
     if not rebuildable(template):
-        raise LevelError("it is called with arguments that are not tensors, numbers, tuples, lists or dicts")
+        raise LevelError(
+            "it is called with arguments that are not tensors, numbers, tuples, lists or dicts"
+        )
     twin = _stand_in(block, training)
     twin.__class__ = _flat_class(float_class(type(block)), template)
     try:
         return _LevelTracer().trace(twin)
     except Exception as error:
-        raise LevelError(f"torch.fx cannot trace its forward ({shorten(str(error), 120)})") from None
+        raise LevelError(
+            f"torch.fx cannot trace its forward ({shorten(str(error), 120)})"
+        ) from None
 
 
 def signature(graph: fx.Graph) -> tuple[str, ...]:
@@ -165,7 +169,9 @@ class _Matcher:
     def _check_output(self, node: fx.Node) -> None:
         returned = fx.node.map_arg(node.args[0], lambda arg: self._values.get(arg))
         expected = self._root.results
-        if [id(value) for value in flatten(returned, Value)[1]] != [id(value) for value in expected]:
+        if [id(value) for value in flatten(returned, Value)[1]] != [
+            id(value) for value in expected
+        ]:
             raise LevelError("torch.fx and the recorded run disagree about what it returns")
         if flatten(self._root.outputs, Value)[0] != flatten(returned, Value)[0]:
             raise LevelError("it returns an object that is not a tensor, tuple, list or dict")
@@ -214,4 +220,8 @@ def _count_tensors(template: Template) -> int:
         return 1
     if template[0] == "dict":
         return sum(_count_tensors(item) for _, item in template[1:])
-    return sum(_count_tensors(item) for item in template[1:]) if template[0] in ("tuple", "list") else 0
+    return (
+        sum(_count_tensors(item) for item in template[1:])
+        if template[0] in ("tuple", "list")
+        else 0
+    )

@@ -28,11 +28,15 @@ def place(capture: Capture, config: QuantConfig) -> Plan:
     quantizers = _in_order(reading, sharing)
     if not quantizers:
         kind = type(capture.copy).__name__
-        raise QatkitError(f"{kind}: nothing to quantize; it has no enabled convolution or linear layer")
+        raise QatkitError(
+            f"{kind}: nothing to quantize; it has no enabled convolution or linear layer"
+        )
     backend = get_backend(config.backend)
     groups = find_groups(capture, sharing.values, backend, share_concat=config.share_concat_scales)
     skipped = (*reading.skipped, *sharing.skipped)
-    return Plan(config, layers, quantizers, tuple(sharing.blocks), _same_grid(groups, quantizers), skipped)
+    return Plan(
+        config, layers, quantizers, tuple(sharing.blocks), _same_grid(groups, quantizers), skipped
+    )
 
 
 def _paths(model: nn.Module, reading: Reading) -> list[str]:
@@ -61,7 +65,9 @@ def _layers(reading: Reading, sharing: Sharing, folds: dict[str, str]) -> tuple[
         kind = type(reader.calls[0].module).__name__
         return LayerPlan(reader.path, kind, folds.get(reader.path), reader.path in sharing.relieved)
 
-    return tuple(plan(reader) for reader in reading.readers if reader.quantizer.endswith(".input_quantizer"))
+    return tuple(
+        plan(reader) for reader in reading.readers if reader.quantizer.endswith(".input_quantizer")
+    )
 
 
 def _in_order(reading: Reading, sharing: Sharing) -> tuple[QuantizerPlan, ...]:

@@ -153,12 +153,17 @@ def table(rows: Iterable[tuple[str, ...]]) -> list[str]:
     """Align the columns, the last one ragged."""
     table = list(rows)
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in table
+    ]
 
 
 def _quantizer_from_dict(fields: Mapping[str, Any]) -> QuantizerPlan:
     known = dict(fields)
-    return QuantizerPlan(**{**known, "aliases": tuple(known["aliases"]), "spec": QuantSpec.from_dict(known["spec"])})
+    return QuantizerPlan(
+        **{**known, "aliases": tuple(known["aliases"]), "spec": QuantSpec.from_dict(known["spec"])}
+    )
 
 
 def _block_from_dict(fields: Mapping[str, Any]) -> BlockPlan:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Container, Iterator
+from collections.abc import Container
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -89,12 +88,19 @@ class _Finder:
 
     def weighted(self) -> None:
         """F1: the input and the weight of every weighted layer."""
-        layers = [path for path, calls in self.calls.items() if _weighted_layer(calls[0], self.backend.weighted)]
+        layers = [
+            path
+            for path, calls in self.calls.items()
+            if _weighted_layer(calls[0], self.backend.weighted)
+        ]
         edges = {layers[0], layers[-1]} if layers else set()
         for call in self.capture.operators:
             if call.module is None:
                 if call.kind in self.backend.weighted or call.kind == "Attention":
-                    self._skip(function_path(call), f"functional {call.name} has no module whose weight to quantize")
+                    self._skip(
+                        function_path(call),
+                        f"functional {call.name} has no module whose weight to quantize",
+                    )
             elif call.name in layers:
                 if call is self.calls[call.name][0]:
                     self._layer(call, first_or_last=call.name in edges)
@@ -121,8 +127,12 @@ class _Finder:
             where = call.name if call.module is not None else function_path(call)
             if not any(self._is_read(value) for value in call.results):
                 self._skip(where, f"F7: {call.kind} without a quantized layer behind it")
-            elif call.module is None or not swappable(call.module) or len(self.calls[call.name]) > 1:
-                self._read_by_function(call, call.inputs[0], f"F7: {call.kind} between quantized layers")
+            elif (
+                call.module is None or not swappable(call.module) or len(self.calls[call.name]) > 1
+            ):
+                self._read_by_function(
+                    call, call.inputs[0], f"F7: {call.kind} between quantized layers"
+                )
             else:
                 path = f"{call.name}.input_quantizer"
                 spec = self.config.spec(path, "activation")
@@ -133,35 +143,33 @@ class _Finder:
                     self._add(Reader(call.name, path, (call,), (call.inputs[0],), spec, reason))
 
     def unreached(self) -> None:
-        """Quantize the layers that only run in training, each by itself."""
+        """Name the layers that only run in training, or on other inputs: they stay float."""
         inside = [f"{path}." for path, calls in self.calls.items() if calls[0].kind != "Block"]
         for path, module in self.capture.copy.named_modules():
-            if path in self.calls or any(path.startswith(prefix) for prefix in inside):
-                continue
-            if not (swappable(module) and isinstance(getattr(module, "weight", None), nn.Parameter)):
-                continue
-            specs = self._specs(path, module, bits=None)
-            if specs is None:
-                self._skip(path, "disabled by a rule")
-                continue
-            call = Call(path, "Unreached", module, None, ("const", None), [], index=10**9)
-            self.reading.weights[path] = (specs[0], "F2: weight of a layer that example_inputs does not reach")
-            reason = "F1: input of a layer that example_inputs does not reach in eval mode"
-            self._add(Reader(path, f"{path}.input_quantizer", (call,), (), specs[1], reason))
+            known = path in self.calls or any(path.startswith(prefix) for prefix in inside)
+            weighted = swappable(module) and isinstance(
+                getattr(module, "weight", None), nn.Parameter
+            )
+            if weighted and not known:
+                self._skip(path, "example_inputs do not reach it in eval mode")
 
     def _layer(self, call: Call, *, first_or_last: bool) -> None:
         module, path = call.module, call.name
         assert module is not None
         if not swappable(module):
             kind = type(module).__name__
-            self._skip(path, f"{kind} is not a plain torch.nn layer: its own forward cannot be replaced")
+            self._skip(
+                path, f"{kind} is not a plain torch.nn layer: its own forward cannot be replaced"
+            )
             return
         specs = self._specs(path, module, self.config.first_last_bits if first_or_last else None)
         if specs is None:
             self._skip(path, "disabled by a rule")
             return
         calls = tuple(self.calls[path])
-        edge = "; first or last layer (F16)" if first_or_last and self.config.first_last_bits else ""
+        edge = (
+            "; first or last layer (F16)" if first_or_last and self.config.first_last_bits else ""
+        )
         self.quantized.update(calls)
         self.reading.weights[path] = (specs[0], f"F2: weight of {call.kind}{edge}")
         values = tuple(one.inputs[0] for one in calls)
@@ -207,7 +215,12 @@ class _Finder:
     def _is_read(self, value: Value) -> bool:
         """Tell whether a quantizer reads ``value``, at once or behind operators that only move values."""
         todo, seen = [value], set()
-        reads = {(call, v) for reader in self.reading.readers for call in reader.calls for v in reader.values}
+        reads = {
+            (call, v)
+            for reader in self.reading.readers
+            for call in reader.calls
+            for v in reader.values
+        }
         while todo:
             current = todo.pop()
             seen.add(current)
@@ -253,10 +266,3 @@ def _weighted_layer(call: Call, kinds: Container[str]) -> bool:
 
 def _spatial_mean(before: tuple[int, ...], after: tuple[int, ...]) -> bool:
     return after in (before[:2], (*before[:2], 1, 1))
-
-
-def repeated(capture: Capture) -> Iterator[str]:
-    """Yield the paths of the modules that were called more than once."""
-    for path, times in Counter(call.name for call in capture.operators if call.module is not None).items():
-        if times > 1:
-            yield path

@@ -54,10 +54,14 @@ def place_join(call: Call, quantized: set[Call], backend: Backend) -> Join:
         return _decide(skip, conv, backend.residual, "F6: skip input of a residual add")
     if len(set(fusable)) == 1:
         skip = right if fusable[0] is left else left
-        return _decide(skip, fusable, backend.transformer_residual, "F6c: skip of a transformer residual")
+        return _decide(
+            skip, fusable, backend.transformer_residual, "F6c: skip of a transformer residual"
+        )
     if fusable:
         return Join((), "F6c: both operands come from linear layers, none is a skip input")
-    return Join((), "F6: no operand comes straight from a quantized layer that could fuse with the add")
+    return Join(
+        (), "F6: no operand comes straight from a quantized layer that could fuse with the add"
+    )
 
 
 def branch_end(value: Value, quantized: set[Call]) -> Call | None:
@@ -117,5 +121,7 @@ def _depth(value: Value, common: set[Value]) -> int:
     depth: dict[Value, int] = {}
     for current in sorted(own, key=_made_at):
         assert current.producer is not None
-        depth[current] = 1 + max((depth.get(source, 0) for source in current.producer.inputs), default=0)
+        depth[current] = 1 + max(
+            (depth.get(source, 0) for source in current.producer.inputs), default=0
+        )
     return depth.get(value, 0)

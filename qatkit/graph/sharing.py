@@ -52,8 +52,7 @@ class _Sharer:
     def run(self, readers: Iterable[Reader]) -> Sharing:
         groups: dict[object, list[Reader]] = {}
         for reader in readers:
-            key = (reader.spec, reader.values) if reader.values else reader
-            groups.setdefault(key, []).append(reader)
+            groups.setdefault((reader.spec, reader.values), []).append(reader)
         for group in groups.values():
             self._group(group)
         for path, sites in self._sites.items():
@@ -66,7 +65,11 @@ class _Sharer:
 
     def _group(self, group: list[Reader]) -> None:
         """Serve the readers of one tensor: together in the block around them, else each where it stands."""
-        layers = [reader for reader in group if reader.is_module and reader.quantizer.endswith(".input_quantizer")]
+        layers = [
+            reader
+            for reader in group
+            if reader.is_module and reader.quantizer.endswith(".input_quantizer")
+        ]
         owner = layers[0] if layers else group[0]
         served: list[Reader] = []
         if len(group) > 1 and len(group[0].values) == 1:
@@ -84,7 +87,9 @@ class _Sharer:
             self._add(paths, group, served)
 
     def _add(self, paths: list[str], group: list[Reader], served: list[Reader]) -> None:
-        reasons = dict.fromkeys(reader.reason for reader in group if reader in served or reader.quantizer in paths)
+        reasons = dict.fromkeys(
+            reader.reason for reader in group if reader in served or reader.quantizer in paths
+        )
         plan = QuantizerPlan(
             paths[0], tuple(paths[1:]), "activation", group[0].spec, "; ".join(reasons)
         )
@@ -93,7 +98,9 @@ class _Sharer:
 
     def _serve(self, group: list[Reader], block: Call | None, quantizer: str) -> list[Reader]:
         """Call ``quantizer`` in ``block`` for the readers of ``group``; return those that it serves."""
-        functions = [reader for reader in group if not reader.quantizer.endswith(".input_quantizer")]
+        functions = [
+            reader for reader in group if not reader.quantizer.endswith(".input_quantizer")
+        ]
         level = self._level(block)
         if block is None or isinstance(level, LevelError):
             if len(group) == 1:
@@ -153,7 +160,11 @@ def _readers_behind(call: Call, value: Value, reader_of: dict[Call, Reader]) -> 
     """Return the readers that get ``value`` through ``call``; none if anything else gets it there too."""
     if call in reader_of:
         return [reader_of[call]]
-    inside = [consumer for consumer in value.consumers if any(outer is call for outer in consumer.ancestors())]
+    inside = [
+        consumer
+        for consumer in value.consumers
+        if any(outer is call for outer in consumer.ancestors())
+    ]
     readers = [reader_of[consumer] for consumer in inside if consumer in reader_of]
     returned = any(result is value for result in call.results)
     return readers if len(readers) == len(inside) and not returned else []

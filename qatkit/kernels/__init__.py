@@ -12,10 +12,11 @@ from torch import Tensor
 
 from qatkit.kernels import cpu, portable
 
-__all__ = ["fake_quantize", "fake_quantize_unclipped", "shrink"]
+__all__ = ["fake_quantize", "fake_quantize_unclipped", "is_eager_cpu", "shrink"]
 
 
-def _is_eager_cpu(x: Tensor) -> bool:
+def is_eager_cpu(x: Tensor) -> bool:
+    """Tell whether ``x`` is on the CPU and nothing is being compiled: reading a scalar is free."""
     plain = type(x) is Tensor or type(x) is torch.nn.Parameter
     return plain and x.device.type == "cpu" and not torch.compiler.is_compiling()
 
@@ -29,7 +30,7 @@ def fake_quantize(
     axis: int | None,
 ) -> Tensor:
     """Fake-quantize ``x`` with the clipped straight-through gradient, arguments already checked."""
-    if _is_eager_cpu(x):
+    if is_eager_cpu(x):
         return cpu.fake_quantize(x, scale, zero_point, quant_min, quant_max, axis)
     return portable.fake_quantize(x, scale, zero_point, quant_min, quant_max, axis)
 
@@ -41,6 +42,6 @@ def fake_quantize_unclipped(x: Tensor, scale: Tensor | float, axis: int | None) 
 
 def shrink(x_CM: Tensor, percentile: float) -> tuple[Tensor, Tensor]:
     """Return the range of each row without ``percentile`` percent on each side, (C,) float32."""
-    if _is_eager_cpu(x_CM):
+    if is_eager_cpu(x_CM):
         return cpu.shrink(x_CM, percentile)
     return portable.shrink(x_CM, percentile)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -65,6 +66,7 @@ def bins(low: Tensor, high: Tensor) -> Bins:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@functools.cache
 def _ratio(percentile: float) -> tuple[int, int]:
     return (Fraction(str(percentile)) / 100).as_integer_ratio()
 

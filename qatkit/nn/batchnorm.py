@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any, ClassVar
 
 from torch import nn
@@ -20,14 +19,14 @@ class FrozenStatistics(nn.Module):
         float_class: the class of the batch norm before.
     """
 
-    float_class: ClassVar[type[_BatchNorm]]
+    float_class: ClassVar[type[nn.Module]]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Normalize as in eval mode."""
         training = self.training
         self.training = False
         try:
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
+            return super().forward(*args, **kwargs)
         finally:
             self.training = training
 
@@ -54,7 +53,7 @@ def batch_norms(model: nn.Module) -> list[tuple[str, _BatchNorm]]:
     ]
 
 
-def freeze_statistics(norm: _BatchNorm) -> None:
+def freeze_statistics(norm: nn.Module) -> None:
     """Freeze the running statistics in place: same object, keys, hooks, flags and base class.
 
     >>> norm = nn.BatchNorm2d(3)
@@ -66,10 +65,11 @@ def freeze_statistics(norm: _BatchNorm) -> None:
         norm.__class__ = _frozen_class(type(norm))
 
 
-def thaw_statistics(norm: _BatchNorm) -> None:
+def thaw_statistics(norm: nn.Module) -> None:
     """Undo `freeze_statistics`; nothing happens to a batch norm that is not frozen."""
     if isinstance(norm, FrozenStatistics):
-        norm.__class__ = norm.float_class
+        kind: Any = norm.float_class
+        norm.__class__ = kind
 
 
 def statistics_are_frozen(norm: nn.Module) -> bool:
@@ -77,18 +77,24 @@ def statistics_are_frozen(norm: nn.Module) -> bool:
     return isinstance(norm, FrozenStatistics)
 
 
-@functools.cache
-def _frozen_class(kind: type[_BatchNorm]) -> type[_BatchNorm]:
-    members = {
-        "float_class": kind,
-        "__module__": kind.__module__,
-        "__qualname__": kind.__qualname__,
-        "__doc__": kind.__doc__,
-    }
-    return type(kind.__name__, (FrozenStatistics, kind), members)
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 
 
-def _blank(kind: type[_BatchNorm]) -> _BatchNorm:
+def _frozen_class(kind: type[nn.Module]) -> type[nn.Module]:
+    """Return the frozen class of a class of batch norm; it is made once."""
+    if kind not in _CLASSES:
+        members = {
+            "float_class": kind,
+            "__module__": kind.__module__,
+            "__qualname__": kind.__qualname__,
+            "__doc__": kind.__doc__,
+        }
+        bases: tuple[type[nn.Module], ...] = (FrozenStatistics, kind)
+        _CLASSES[kind] = type(kind.__name__, bases, members)
+    return _CLASSES[kind]
+
+
+def _blank(kind: type[nn.Module]) -> nn.Module:
     """Return an object of the frozen class, without state."""
     frozen = _frozen_class(kind)
     return frozen.__new__(frozen)

@@ -177,5 +177,3 @@ def _spec(spec: QuantSpec | None, default: QuantSpec, where: str) -> QuantSpec:
     if not isinstance(spec, QuantSpec):
         raise QatkitTypeError(f"{where}={spec!r}: give a qatkit.QuantSpec")
     return spec
-
-

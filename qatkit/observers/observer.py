@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -11,7 +12,9 @@ from qatkit.spec import QuantSpec
 
 Range = tuple[Tensor, Tensor]
 Estimate = Callable[[Tensor, QuantSpec], Range]
-Remember = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, QuantSpec], Range]
+Array = Any
+"""A tensor, or on the CPU a NumPy array."""
+Remember = Callable[[Array, Array, Array, Array, Array, QuantSpec], tuple[Array, Array]]
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class Observer:
         name: its name in a `qatkit.spec.QuantSpec`.
         estimate: ``(x, spec) -> (min, max)``, float32 of shape () or (C,), finite, min <= max.
         remember: ``(old_min, old_max, count, new_min, new_max, spec) -> (min, max)``; ``count`` is
-            a 0-d tensor, the number of batches before this one.
+            0-d float32, the number of batches before this one.
     """
 
     name: str

@@ -47,7 +47,7 @@ def pair(ends: tuple[Tensor, Tensor]) -> tuple[float, float]:
 
 
 def portable_range(x: Tensor, percentile: float) -> tuple[Tensor, Tensor]:
-    with mock.patch.object(kernels, "_is_eager_cpu", return_value=False):
+    with mock.patch.object(kernels, "is_eager_cpu", return_value=False):
         return shrink_range(x, percentile)
 
 

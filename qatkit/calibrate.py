@@ -1,0 +1,304 @@
+"""`calibrate`: set the ranges of a prepared model by running it over data."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from qatkit.batches import BatchReader, device_of, to_device
+from qatkit.errors import QatkitError, QatkitTypeError, shorten
+from qatkit.freeze import saved_range
+from qatkit.functional import count_nonfinite
+from qatkit.graph.plan import table
+from qatkit.graph.structure import tensors
+from qatkit.modes import disable_quantization, quantizers, select_quantizers
+from qatkit.nn.quantized import QuantizedWeight
+from qatkit.quantizer import TensorQuantizer
+from qatkit.spec import OBSERVER_NAMES, suggest
+
+logger = logging.getLogger(__name__)
+
+METHODS = tuple(name for name in OBSERVER_NAMES if name != "fixed")
+
+
+class CalibratedRange(NamedTuple):
+    """The range of one quantizer; of the widest channel where there are several.
+
+    Attributes:
+        path: where the quantizer is registered.
+        min: lower end.
+        max: upper end.
+        scale: step of the grid.
+    """
+
+    path: str
+    min: float
+    max: float
+    scale: float
+
+
+@dataclass(frozen=True)
+class CalibrationReport:
+    """What `calibrate` did; print it.
+
+    Attributes:
+        batches: how many batches have run.
+        samples: how many samples were in them, by the first axis of the first tensor.
+        ranges: the range of each quantizer that saw data.
+        unreached: paths of the quantizers that saw nothing and keep the range they had, if any.
+        nonfinite: pairs (path, how many NaN and Inf the quantizer saw); they do not count.
+    """
+
+    batches: int
+    samples: int
+    ranges: tuple[CalibratedRange, ...]
+    unreached: tuple[str, ...]
+    nonfinite: tuple[tuple[str, int], ...]
+
+    def __str__(self) -> str:
+        """Return the totals, and a table with a line for each quantizer."""
+        odd = dict(self.nonfinite)
+        head = (
+            f"{len(self.ranges)} ranges from {self.batches} batches, {self.samples} samples; "
+            f"{len(self.unreached)} quantizers unreached, {len(odd)} saw NaN or Inf"
+        )
+        rows = [("quantizer", "min", "max", "scale", "note")]
+        for path, *ends in self.ranges:
+            note = f"ignored {odd[path]} NaN or Inf" if path in odd else ""
+            low, high, scale = (f"{end:.4g}" for end in ends)
+            rows.append((path, low, high, scale, note))
+        rows += [(path, "-", "-", "-", "saw nothing") for path in self.unreached]
+        return "\n".join([head, "", *table(rows)])
+
+
+def calibrate(
+    model: nn.Module,
+    data: Iterable[Any],
+    *,
+    batches: int | None = None,
+    method: str | None = None,
+    progress: bool = True,
+) -> CalibrationReport:
+    """Estimate all ranges anew from data, with the model in eval mode and unquantized.
+
+    The model, its modes and flags are afterwards as before, but for the ranges. If anything goes
+    wrong the ranges are as before too. A quantizer that no data reaches keeps its range. In a
+    distributed run, each process sets the ranges of its own model: give all of them the same data.
+
+    Args:
+        model: a prepared model.
+        data: yields batches: tensors, (input, target) tuples or lists of which the first as many
+            items are taken as the forward requires, or dicts of which the keys are taken that are
+            names of the forward's arguments. Tensors are moved to the device of the model.
+        batches: use only so many; ``None`` for all.
+        method: name of the observer for the activations in this run, ``None`` for the one of each
+            quantizer. Fixed ranges stay fixed.
+        progress: show a progress bar if tqdm is installed and the output is a terminal.
+
+    Returns:
+        a frozen `CalibrationReport`; print it.
+
+    Raises:
+        QatkitError: the model has no quantizers, the data is empty or has no input in it, the model
+            does not run on it, ``batches`` is below 1, or there is no such method.
+
+    >>> from qatkit.nn import QuantLinear
+    >>> net = nn.Sequential(QuantLinear(2, 2))
+    >>> report = calibrate(net, [torch.ones(4, 2), -torch.ones(4, 2)], method="minmax")
+    >>> report.samples, report.ranges[0][:3]
+    (8, ('0.input_quantizer', -1.0, 1.0))
+    """
+    select_quantizers(model, "*", "calibrate")
+    _check_data(data)
+    _check_options(batches, method)
+    watch = _Watch(dict(quantizers(model)))
+    with ExitStack() as stack:
+        stack.enter_context(watch)
+        stack.enter_context(_eval_flags(model))
+        stack.enter_context(disable_quantization(model))
+        stack.enter_context(_observing(model, watch.quantizers.values(), method))
+        stack.enter_context(_uncompiled())
+        count, samples = _run(model, data, batches, progress)
+    return watch.report(count, samples)
+
+
+def _run(
+    model: nn.Module, data: Iterable[Any], limit: int | None, progress: bool
+) -> tuple[int, int]:
+    """Run the model over the data; return how many batches and samples there were."""
+    reader, device = BatchReader(model), device_of(model)
+    count = samples = 0
+    with torch.no_grad():
+        for batch in _with_progress(data, limit, progress):
+            args, kwargs = to_device(reader.arguments(batch, count), device)
+            given = tensors((args, kwargs))
+            try:
+                model(*args, **kwargs)
+            except QatkitError:
+                raise
+            except Exception as error:
+                shapes = ", ".join(f"{tuple(x.shape)} {x.dtype}" for x in given)
+                raise QatkitError(
+                    f"{type(model).__name__}: does not run on batch {count}, {shapes} "
+                    f"({shorten(str(error))}); give calibrate the data that the model is used with"
+                ) from error
+            count += 1
+            samples += given[0].shape[0] if given[0].dim() else 1
+    if not count:
+        raise QatkitError(
+            "calibrate: the data has no batches; give a fresh iterator or a longer data set"
+        )
+    return count, samples
+
+
+def _with_progress(data: Iterable[Any], limit: int | None, progress: bool) -> Iterable[Any]:
+    """Return the first ``limit`` batches, with a bar on a terminal."""
+    chosen = islice(data, limit)
+    if not progress:
+        return chosen
+    try:
+        from tqdm import tqdm  # type: ignore[import-untyped]
+    except ImportError:
+        return chosen
+    lengths = [length for length in (limit, _length(data)) if length is not None]
+    bar: Iterable[Any] = tqdm(
+        chosen,
+        total=min(lengths, default=None),
+        desc="calibrating",
+        unit="batch",
+        leave=False,
+        disable=None,
+    )
+    return bar
+
+
+def _length(data: Iterable[Any]) -> int | None:
+    try:
+        return len(data)  # type: ignore[arg-type]
+    except (TypeError, NotImplementedError):
+        return None
+
+
+@contextmanager
+def _eval_flags(model: nn.Module) -> Iterator[None]:
+    """Put each module in eval mode by its flag alone: a ``train()`` of the user's is not called."""
+    saved = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in saved:
+            module.training = False
+        yield
+    finally:
+        for module, training in saved:
+            module.training = training
+
+
+@contextmanager
+def _observing(
+    model: nn.Module, quantizers: Iterable[TensorQuantizer], method: str | None
+) -> Iterator[None]:
+    """Let each quantizer estimate its range on each forward, from none at first."""
+    weights = {id(m.weight_quantizer) for m in model.modules() if isinstance(m, QuantizedWeight)}
+    saved = [(quantizer, quantizer.observe, quantizer.spec) for quantizer in quantizers]
+    try:
+        for quantizer, _, spec in saved:
+            quantizer.reset_range()
+            quantizer.observe = "always"
+            if method is not None and id(quantizer) not in weights and spec.observer != "fixed":
+                quantizer.spec = spec.replace(observer=method)
+        yield
+    finally:
+        for quantizer, observe, spec in saved:
+            quantizer.observe, quantizer.spec = observe, spec
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    """Let compiled models run eagerly: their graphs know nothing of the hooks."""
+    if "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance
+
+
+class _Watch:
+    """Sees which quantizers are reached and how many NaN and Inf they get.
+
+    On leaving, the quantizers that saw nothing get the range back that they had before, and all of
+    them do if there was an exception.
+    """
+
+    def __init__(self, quantizers: dict[str, TensorQuantizer]) -> None:
+        self.quantizers = quantizers
+        self._before = {path: saved_range(quantizer) for path, quantizer in quantizers.items()}
+        self._nonfinite: dict[str, int] = {}
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> None:
+        for path, quantizer in self.quantizers.items():
+            self._handles.append(quantizer.register_forward_pre_hook(self._counter(path)))
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        for path in self.unreached if kind is None else self.quantizers:
+            self.quantizers[path].load_state_dict(self._before[path])
+
+    @property
+    def unreached(self) -> tuple[str, ...]:
+        """Paths of the quantizers that saw nothing."""
+        return tuple(path for path in self.quantizers if path not in self._nonfinite)
+
+    def _counter(self, path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def count(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = args[0].detach()
+            # One fast pass over tensors that are fine: their sum is finite too.
+            fine = torch.isfinite(x.sum(dtype=torch.float32))
+            new = 0 if fine else int(count_nonfinite(x))
+            self._nonfinite[path] = self._nonfinite.get(path, 0) + new
+
+        return count
+
+    def report(self, batches: int, samples: int) -> CalibrationReport:
+        """Return what was seen, and say in the log what is odd about it."""
+        odd = tuple((path, n) for path in self.quantizers if (n := self._nonfinite.get(path)))
+        reached = ((p, q) for p, q in self.quantizers.items() if p in self._nonfinite)
+        if odd:
+            found = ", ".join(f"{path} ({count})" for path, count in odd)
+            logger.warning("calibrate: ignored NaN or Inf in the input of %s", found)
+        if self.unreached:
+            paths = ", ".join(self.unreached)
+            logger.warning("calibrate: no data reached %s; their ranges are as before", paths)
+        ranges = tuple(_entry(path, quantizer) for path, quantizer in reached)
+        return CalibrationReport(batches, samples, ranges, self.unreached, odd)
+
+
+def _entry(path: str, quantizer: TensorQuantizer) -> CalibratedRange:
+    low, high = quantizer.range
+    return CalibratedRange(path, low.min().item(), high.max().item(), quantizer.scale.max().item())
+
+
+def _check_data(data: object) -> None:
+    if isinstance(data, Tensor | str | bytes | dict | nn.Module) or not isinstance(data, Iterable):
+        raise QatkitTypeError(
+            f"calibrate: data is a {type(data).__name__}; give an iterable of batches, "
+            "for example a DataLoader or [x]"
+        )
+
+
+def _check_options(batches: int | None, method: str | None) -> None:
+    whole = isinstance(batches, int) and not isinstance(batches, bool)
+    if batches is not None and not (whole and batches >= 1):
+        raise QatkitError(
+            f"calibrate(batches={batches!r}): give a positive integer, or None for all"
+        )
+    if method is not None and method not in METHODS:
+        raise QatkitError(
+            f"calibrate(method={method!r}): unknown method, {suggest(method, METHODS)}"
+        )

@@ -1,0 +1,187 @@
+"""Freeze ranges and batch norm statistics, for a while or for good."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor, nn
+
+from qatkit.errors import QatkitError
+from qatkit.modes import Mode, Undo, quantizers, require_module, select_quantizers
+from qatkit.nn.batchnorm import (
+    batch_norms,
+    freeze_statistics,
+    statistics_are_frozen,
+    thaw_statistics,
+)
+from qatkit.nn.quantized import QuantizedWeight
+from qatkit.quantizer import TensorQuantizer
+
+logger = logging.getLogger(__name__)
+
+
+def freeze_ranges(model: nn.Module) -> Mode:
+    """Quantize with the ranges as they are now: no forward changes them any more, also in training.
+
+    The range of a weight, which follows the weight otherwise, stays the one of the weight at this
+    moment. Quantizers that are frozen already keep their range.
+
+    Args:
+        model: a prepared model.
+
+    Returns:
+        a context manager, which restores each quantizer; call its ``apply()`` to make the change
+        stick.
+
+    Raises:
+        QatkitError: the model has no quantizers; or, when the change is made, a quantizer that is
+            switched on has no range yet. Nothing is frozen then.
+
+    >>> from qatkit.nn import QuantLinear
+    >>> layer = QuantLinear(2, 2).train()
+    >>> with freeze_ranges(layer):
+    ...     pass
+    Traceback (most recent call last):
+    qatkit.errors.QatkitError: freeze_ranges: 'input_quantizer' has no range; run ...
+    >>> _ = layer(torch.ones(1, 2))
+    >>> freeze_ranges(layer).apply()
+    >>> layer.input_quantizer.observe
+    'never'
+    """
+    select_quantizers(model, "*", "freeze_ranges")
+
+    def change() -> Undo:
+        missing = _without_range(model)
+        if missing:
+            more = f" (and {len(missing) - 1} others)" if len(missing) > 1 else ""
+            raise QatkitError(
+                f"freeze_ranges: {missing[0]!r}{more} has no range; run "
+                "qatkit.calibrate(model, data) or train first, "
+                f"or qatkit.disable_quantization(model, {missing[0]!r}).apply()"
+            )
+        return _freeze([quantizer for _, quantizer in quantizers(model)], _weights(model))
+
+    return Mode(change)
+
+
+def freeze_known_ranges(model: nn.Module, *, keep_weight_ranges: bool = False) -> None:
+    """Freeze the ranges there are, for good, and name the quantizers without one in the log.
+
+    Args:
+        model: a prepared model.
+        keep_weight_ranges: leave the remembered ranges of the weights alone, because they were
+            frozen before they were saved.
+    """
+    missing = set(_without_range(model))
+    if missing:
+        logger.warning(
+            "not frozen, because they have seen no data: %s; qatkit.calibrate(model, data) gives "
+            "them a range",
+            ", ".join(sorted(missing)),
+        )
+    weights = _weights(model)
+    if keep_weight_ranges:
+        weights = [layer for layer in weights if not layer.weight_quantizer.calibrated]
+    _freeze([each for path, each in quantizers(model) if path not in missing], weights)
+
+
+def freeze_batch_norm(model: nn.Module) -> Mode:
+    """Let batch norms use their running statistics and leave them alone, also in training.
+
+    Weight and bias still train, ``training`` flags are not touched, and ``model.train()`` changes
+    nothing about it. Batch norms without running statistics cannot be frozen and stay as they are.
+
+    Args:
+        model: any model, prepared or not.
+
+    Returns:
+        a context manager, which thaws those that were not frozen before; call its ``apply()`` to
+        make the change stick.
+
+    Raises:
+        QatkitError: the model is not a ``torch.nn.Module``.
+
+    >>> net = nn.Sequential(nn.BatchNorm1d(2)).train()
+    >>> with freeze_batch_norm(net):
+    ...     _ = net(torch.ones(3, 2))
+    >>> net[0].running_mean
+    tensor([0., 0.])
+    """
+    require_module(model, "freeze_batch_norm")
+
+    def change() -> Undo:
+        thawed = [norm for _, norm in batch_norms(model) if not statistics_are_frozen(norm)]
+        for norm in thawed:
+            freeze_statistics(norm)
+
+        def undo() -> None:
+            for norm in thawed:
+                thaw_statistics(norm)
+
+        return undo
+
+    return Mode(change)
+
+
+def _without_range(model: nn.Module) -> list[str]:
+    """Return the paths of the quantizers that would need a range and have none."""
+    follows = {id(layer.weight_quantizer) for layer in _weights(model)}
+    return [
+        path
+        for path, quantizer in quantizers(model)
+        if quantizer.quantize and id(quantizer) not in follows and not _has_range(quantizer)
+    ]
+
+
+def _has_range(quantizer: TensorQuantizer) -> bool:
+    return quantizer.calibrated or any(peer.calibrated for peer in quantizer.peers)
+
+
+def _weights(model: nn.Module) -> list[QuantizedWeight]:
+    return [module for module in model.modules() if isinstance(module, QuantizedWeight)]
+
+
+def _freeze(frozen: list[TensorQuantizer], weights: list[QuantizedWeight]) -> Undo:
+    """Freeze quantizers, those of ``weights`` with the range of the weight at hand."""
+    followers = [
+        layer
+        for layer in weights
+        if layer.weight_quantizer.observe != "never" or not layer.weight_quantizer.calibrated
+    ]
+    modes = [(quantizer, quantizer.observe) for quantizer in frozen]
+    ranges = [(layer.weight_quantizer, saved_range(layer.weight_quantizer)) for layer in followers]
+
+    def undo() -> None:
+        for quantizer, mode in modes:
+            quantizer.observe = mode
+        for quantizer, state in ranges:
+            quantizer.load_state_dict(state)
+
+    try:
+        for layer in followers:
+            _observe_weight(layer)
+    except BaseException:
+        undo()
+        raise
+    for quantizer in frozen:
+        quantizer.observe = "never"
+    return undo
+
+
+def saved_range(quantizer: TensorQuantizer) -> dict[str, Tensor]:
+    """Return a copy of the remembered range, for ``quantizer.load_state_dict``."""
+    return {name: buffer.clone() for name, buffer in quantizer.state_dict().items()}
+
+
+def _observe_weight(layer: QuantizedWeight) -> None:
+    """Let the weight quantizer remember the range of the weight as it sees it."""
+    quantizer = layer.weight_quantizer
+    before = quantizer.observe, quantizer.quantize
+    quantizer.observe, quantizer.quantize = "always", False
+    try:
+        with torch.no_grad():
+            scale = layer.weight_fold_scale()
+            quantizer(layer.weight if scale is None else layer.weight.float() * scale)
+    finally:
+        quantizer.observe, quantizer.quantize = before
