@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from qatkit.errors import QatkitTypeError
 from qatkit.graph.level import float_class
+from qatkit.graph.rewrite import RewrittenBlock
 from qatkit.graph.structure import tensors
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -45,6 +46,8 @@ class BatchReader:
         positional = [p for p in parameters if p.kind in _POSITIONAL]
         self._arity = max(1, sum(p.default is p.empty for p in positional))
         self._names = [p.name for p in parameters if p.kind in _NAMED]
+        self._order = [p.name for p in positional]
+        self._positional = _form(model)
         self._required = [p.name for p in parameters if p.default is p.empty and p.kind in _NAMED]
 
     def arguments(self, batch: Any, index: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -57,7 +60,7 @@ class BatchReader:
         Raises:
             QatkitTypeError: there is no input in it.
         """
-        args, kwargs = self._select(batch, index)
+        args, kwargs = self._in_form(*self._select(batch, index))
         if not tensors((args, kwargs)):
             raise QatkitTypeError(
                 f"batch {index} is a {_describe(batch)} without a tensor as input; "
@@ -76,6 +79,16 @@ class BatchReader:
                 f"{self._arity} ({', '.join(self._required)}); yield tuples with all of them"
             )
         return tuple(batch[: self._arity]), {}
+
+    def _in_form(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Pass arguments by position or by name as the example inputs of the model were."""
+        if self._positional is None or len(args) > len(self._order):
+            return args, kwargs
+        named = dict(zip(self._order, args, strict=False)) | kwargs
+        first = [name for name in self._order[: self._positional] if name in named]
+        return tuple(named.pop(name) for name in first), named
 
     def _by_name(self, batch: Mapping[Any, Any], index: int) -> dict[str, Any]:
         found = {name: batch[name] for name in self._names if name in batch}
@@ -121,6 +134,14 @@ def _parameters(model: nn.Module) -> list[inspect.Parameter]:
         return list(inspect.signature(forward).parameters.values())[1:]
     except (TypeError, ValueError):
         return []
+
+
+def _form(model: nn.Module) -> int | None:
+    """Return how many positional arguments a rewritten model takes, ``None`` for any other."""
+    if not isinstance(model, RewrittenBlock):
+        return None
+    args = model.block_plan.template[1]
+    return len(args) - 1
 
 
 def _describe(batch: Any) -> str:

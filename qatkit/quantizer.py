@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from qatkit.errors import QatkitError
 from qatkit.functional import fake_quantize, fake_quantize_unclipped, qparams
-from qatkit.observers import OBSERVERS, update
+from qatkit.observers import OBSERVERS, is_empty, update
 from qatkit.spec import QuantSpec
 
 Observe = Literal["training", "always", "never"]
@@ -225,6 +226,16 @@ class TensorQuantizer(nn.Module):
         self._has_range = True
         return low, high
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TensorQuantizer:
+        """Move the buffers and keep their types: ``model.half()`` must not round the ranges."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            moved = self._buffers[name]
+            if buffer is not None and moved is not None and moved.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(moved.device)
+        return self
+
     def _load_from_state_dict(
         self,
         state_dict: dict[str, Any],
@@ -250,7 +261,8 @@ def share_range(quantizers: list[TensorQuantizer]) -> None:
     Raises:
         QatkitError: their specs have different grids.
     """
-    grids = {(q.spec.num_bits, q.spec.signed, q.spec.symmetric, q.spec.axis) for q in quantizers}
+    fields = ("num_bits", "signed", "symmetric", "power_of_two", "axis")
+    grids = {tuple(getattr(q.spec, name) for name in fields) for q in quantizers}
     if len(grids) > 1:
         names = ", ".join(q.name for q in quantizers)
         raise QatkitError(
@@ -268,8 +280,9 @@ def _world_size() -> int:
 
 
 def _mean_over_ranks(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the range averaged over all ranks, so that every rank holds the same quantizer."""
-    both = torch.stack((low, high))
-    torch.distributed.all_reduce(both)
-    both = both / _world_size()
-    return both[0], both[1]
+    """Return the range averaged over the ranks that saw data, so that all hold the same one."""
+    seen = torch.logical_not(is_empty(low, high)).to(low.dtype)
+    total = torch.stack((low, high, seen))
+    torch.distributed.all_reduce(total)
+    count = total[2].clamp(min=1.0)
+    return total[0] / count, total[1] / count

@@ -83,6 +83,13 @@ def test_forms_of_a_batch(batch: Any) -> None:
     assert (report.batches, report.samples) == (1, 2)
 
 
+@pytest.mark.parametrize("example", [X, {"image": X}], ids=["by position", "by name"])
+def test_a_rewritten_model_gets_its_input_as_in_the_example(example: Any) -> None:
+    model = prepare(Net(), example)
+    for batch in (X, (X, 1), {"image": X, "label": 1}):
+        assert calibrate(model, [batch]).samples == 2
+
+
 def test_several_arguments() -> None:
     model, left, right = Two(), torch.ones(3, 2), torch.full((3, 2), -2.0)
     for batch in ((left, right), [left, right, "target"], {"right": right, "left": left, "y": 0}):
@@ -287,19 +294,26 @@ def test_nonfinite_values_are_counted_once_in_the_log(caplog: pytest.LogCaptureF
     model = QuantLinear(2, 2)
     odd = torch.tensor([[1.0, float("nan")], [float("inf"), -2.0]])
     with caplog.at_level(logging.WARNING):
-        report = calibrate(model, [odd, odd, torch.full((1, 2), 3e38)])
+        report = calibrate(model, [odd, odd])
     assert report.nonfinite == (("input_quantizer", 4),)
     assert len(caplog.records) == 1
     assert "ignored 4 NaN or Inf" in str(report)
-    assert report.ranges[0].min < 0
+    assert (report.ranges[0].min, report.ranges[0].max) == (-2, 1)
+
+
+def test_a_sum_that_overflows_is_no_infinity() -> None:
+    report = calibrate(QuantLinear(2, 2), [torch.full((1, 2), 3e38)])
+    assert report.nonfinite == ()
+    assert report.ranges[0].max == pytest.approx(3e38)
 
 
 def test_report_reads_well() -> None:
     report = calibrate(prepared(), [X])
     text = str(report)
-    assert text.startswith("4 ranges from 1 batches, 2 samples; 0 quantizers unreached, 0 saw NaN")
+    assert text.startswith("5 ranges from 1 batches, 2 samples; 0 quantizers unreached, 0 saw NaN")
     assert {entry.path for entry in report.ranges} == {
-        f"{layer}.{role}_quantizer" for layer in ("conv", "fc") for role in ("input", "weight")
+        *(f"{layer}.{role}_quantizer" for layer in ("conv", "fc") for role in ("input", "weight")),
+        "mean_quantizer",
     }
     assert all(entry.path in text for entry in report.ranges)
     with pytest.raises(AttributeError):
@@ -318,7 +332,7 @@ def test_works_without_tqdm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_compiled_model() -> None:
-    model = prepared()
+    model = prepared().eval()
     wanted = copy.deepcopy(model)
     calibrate(wanted, [X])
     model.compile(backend="eager", fullgraph=True)

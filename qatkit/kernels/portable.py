@@ -66,8 +66,12 @@ def bins(low: Tensor, high: Tensor) -> Bins:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-@functools.cache
 def _ratio(percentile: float) -> tuple[int, int]:
+    return _exact_ratio(percentile)
+
+
+@functools.cache
+def _exact_ratio(percentile: float) -> tuple[int, int]:
     return (Fraction(str(percentile)) / 100).as_integer_ratio()
 
 
