@@ -8,10 +8,8 @@ frozen, and the further names of tensors that have several.
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
-import secrets
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from qatkit.errors import MissingExtraError, QatkitError, shorten
+from qatkit.files import replacing
 from qatkit.graph.capture import shadow
 from qatkit.graph.plan import Plan
 from qatkit.modes import quantizers, require_module
@@ -210,30 +209,12 @@ def _deduplicated(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write under a temporary name in the same folder, then rename."""
     try:
         from safetensors.torch import save as serialize
     except ImportError:
         raise MissingExtraError("safetensors", "save") from None
-    target = Path(os.path.realpath(path))
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        if target.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "is a folder")
-        with temporary.open("xb") as file:
-            file.write(serialize(tensors, metadata))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
-    except OSError as error:
-        reason = error.strerror or shorten(str(error))
-        raise QatkitError(
-            f"{path}: cannot be written ({reason}); give a file in a folder that exists and is "
-            "writable, with enough space"
-        ) from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_bytes(serialize(tensors, metadata))
 
 
 def _read(path: Path) -> tuple[_Header, dict[str, Tensor]]:

@@ -221,7 +221,7 @@ def test_batches_is_checked(batches: Any) -> None:
 
 @pytest.mark.parametrize("method", ["minmx", "fixed", "entropy", 3])
 def test_method_is_checked(method: Any) -> None:
-    with pytest.raises(QatkitError, match="unknown method, .*choose one of"):
+    with pytest.raises(QatkitError, match=r"unknown method, .*choose one of"):
         calibrate(prepared(), [X], method=method)
 
 

@@ -106,11 +106,16 @@ def test_nested_and_after_an_exception() -> None:
     net = model()
     net(X)
     before, flags = buffers(net, "quantizer"), observe(net)
-    with pytest.raises(RuntimeError, match="boom"), freeze_ranges(net):
+
+    def fail() -> None:
         with freeze_ranges(net):
-            pass
-        assert set(observe(net)) == {"never"}
-        raise RuntimeError("boom")
+            with freeze_ranges(net):
+                pass
+            assert set(observe(net)) == {"never"}
+            raise RuntimeError("boom")
+
+    with pytest.raises(RuntimeError, match="boom"):
+        fail()
     assert observe(net) == flags
     assert equal(buffers(net, "quantizer"), before)
 
@@ -221,11 +226,16 @@ def test_a_frozen_batch_norm(kind: type[nn.Module]) -> None:
 def test_thawed_after_the_context_nested_and_after_an_exception() -> None:
     net = nn.Sequential(trained(nn.BatchNorm1d), trained(nn.BatchNorm1d))
     freeze_batch_norm(net[1]).apply()
-    with pytest.raises(RuntimeError, match="boom"), freeze_batch_norm(net):
+
+    def fail() -> None:
         with freeze_batch_norm(net):
-            pass
-        assert all(statistics_are_frozen(norm) for norm in net)
-        raise RuntimeError("boom")
+            with freeze_batch_norm(net):
+                pass
+            assert all(statistics_are_frozen(norm) for norm in net)
+            raise RuntimeError("boom")
+
+    with pytest.raises(RuntimeError, match="boom"):
+        fail()
     assert type(net[0]) is nn.BatchNorm1d
     assert statistics_are_frozen(net[1])
     net(torch.randn(5, 3))

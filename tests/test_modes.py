@@ -1,4 +1,4 @@
-"""Context managers restore what they found, nested and after exceptions; globs match whole paths."""
+"""Context managers restore what they found, also nested; globs match whole paths."""
 
 from __future__ import annotations
 
@@ -73,12 +73,17 @@ def test_nested_and_after_an_exception() -> None:
     model = Net()
     disable_quantization(model, "fc").apply()
     before = on(model)
-    with pytest.raises(RuntimeError, match="boom"), disable_quantization(model):
-        within = on(model)
-        with enable_quantization(model, "conv1"):
-            assert on(model)["conv1.weight_quantizer"]
-        assert on(model) == within
-        raise RuntimeError("boom")
+
+    def fail() -> None:
+        with disable_quantization(model):
+            within = on(model)
+            with enable_quantization(model, "conv1"):
+                assert on(model)["conv1.weight_quantizer"]
+            assert on(model) == within
+            raise RuntimeError("boom")
+
+    with pytest.raises(RuntimeError, match="boom"):
+        fail()
     assert on(model) == before
 
 

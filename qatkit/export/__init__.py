@@ -1,7 +1,8 @@
 """From a trained model to a verified QDQ ONNX file."""
 
-from qatkit.export.exporter import ExportReport, export_onnx
+from qatkit.export.exporter import export_onnx
 from qatkit.export.lint import Finding, lint_onnx
+from qatkit.export.report import ExportReport
 from qatkit.export.verify import VerifyReport, verify_onnx
 
 __all__ = [

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qatkit.errors import MissingExtraError, QatkitError, shorten
+from qatkit.export.inputs import to_cpu_float32
 from qatkit.export.lowering import folded_layers
 from qatkit.export.qdq import SUFFIX_DQ, SUFFIX_Q
 from qatkit.graph.capture import split_inputs
@@ -133,7 +134,7 @@ def verify_onnx(path: str | os.PathLike[str], model: nn.Module, inputs: Any) -> 
     proto = _load(path)
     clone = copy.deepcopy(model).eval().float().cpu()
     args, kwargs = split_inputs(inputs)
-    args, kwargs = _cpu(args), _cpu(kwargs)
+    args, kwargs = to_cpu_float32(args), to_cpu_float32(kwargs)
     with torch.no_grad(), _watch(clone) as seen:
         outputs = tensors(clone(*args, **kwargs))
     feeds = _feeds(proto, tensors((args, kwargs)), path)
@@ -328,11 +329,3 @@ def _run(proto: ModelProto, feeds: dict[str, Array], path: Any) -> list[Array]:
             f"{path}: does not run in ONNX Runtime ({shorten(str(error), 200)}); run export_onnx(verify=False) "
             "and inspect the file"
         ) from None
-
-
-def _cpu(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().cpu().float() if value.is_floating_point() else value.detach().cpu()
-    if type(value) in (tuple, list):
-        return type(value)(_cpu(item) for item in value)
-    return {key: _cpu(item) for key, item in value.items()} if isinstance(value, dict) else value

@@ -10,9 +10,10 @@
 
 from __future__ import annotations
 
+from typing import Any, TypeAlias
+
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from qatkit import kernels
@@ -22,7 +23,7 @@ from qatkit.spec import QuantSpec
 _SMALLEST_SCALE = 2.0**-126
 _LARGEST_SCALE = 2.0**126
 
-_Array = NDArray[np.float32]
+_Array: TypeAlias = "np.ndarray[Any, np.dtype[np.float32]]"
 
 
 def qparams(min_val: Tensor, max_val: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:

@@ -11,17 +11,16 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from qatkit.kernels import portable
 from qatkit.kernels.portable import along
 
-_Array = NDArray[np.float32]
+_Array: TypeAlias = "np.ndarray[Any, np.dtype[np.float32]]"
 
 
 def fake_quantize(

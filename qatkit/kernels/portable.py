@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-from fractions import Fraction
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +10,7 @@ from torch import Tensor
 LAST_BIN = 255
 BLOCK_SIZES = (128, 64, 32)
 _BLOCKS_PER_ELEMENT = 8
+_DECIMALS = 10**8
 
 
 class Tails(NamedTuple):
@@ -65,24 +64,13 @@ def bins(low: Tensor, high: Tensor) -> Bins:
     return Bins(origin, scaled.reciprocal() * float(LAST_BIN), unit)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _ratio(percentile: float) -> tuple[int, int]:
-    return _exact_ratio(percentile)
-
-
-@functools.cache
-def _exact_ratio(percentile: float) -> tuple[int, int]:
-    return (Fraction(str(percentile)) / 100).as_integer_ratio()
-
-
 def droppable(count: int, percentile: float) -> int:
-    """Return floor(percentile * count / 100), exactly for the percentile as it is written.
+    """Return floor(percentile * count / 100), exactly for a percentile of up to 8 decimals.
 
     >>> droppable(200, 0.5), droppable(199, 0.5), droppable(10000, 0.29)
     (1, 0, 29)
     """
-    numerator, denominator = _ratio(percentile)
-    return int(count * numerator // denominator)
+    return int(count * round(percentile * _DECIMALS) // (100 * _DECIMALS))
 
 
 def tails(x_CM: Tensor, percentile: float) -> Tails:
@@ -165,7 +153,7 @@ def extremes(x_CM: Tensor, k: int, block: int, *, largest: bool) -> Tensor:
 
 
 def _droppable_finite(x_CM: Tensor, percentile: float) -> Tensor:
-    numerator, denominator = _ratio(percentile)
+    numerator, denominator = round(percentile * _DECIMALS), 100 * _DECIMALS
     finite: Tensor = torch.isfinite(x_CM).sum(1)
     if x_CM.shape[1] * numerator < 2**62:
         return finite.mul_(numerator).floor_divide_(denominator)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import inspect
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar
@@ -22,10 +24,18 @@ QUANTIZED: Mapping[type[nn.Module], type[nn.Module]] = MappingProxyType(_QUANTIZ
 
 
 def quantizes(float_class: type[nn.Module]) -> Callable[[Layer], Layer]:
-    """Declare the decorated class to be the quantized form of ``float_class``."""
+    """Declare the decorated class to be the quantized form of ``float_class``.
+
+    It shows the constructor arguments of ``float_class``, then its own keyword-only ones.
+    """
 
     def register(layer: Layer) -> Layer:
         _QUANTIZED[float_class] = layer
+        floats = inspect.signature(float_class)
+        own = inspect.signature(layer.__init__).parameters.values()  # type: ignore[misc]
+        extra = [parameter for parameter in own if parameter.kind is parameter.KEYWORD_ONLY]
+        parameters = [*floats.parameters.values(), *extra]
+        layer.__signature__ = floats.replace(parameters=parameters)  # type: ignore[attr-defined]
         return layer
 
     return register
@@ -169,6 +179,13 @@ def swap(module: nn.Module) -> None:
 def swappable(module: nn.Module) -> bool:
     """Tell whether `swap` knows the class of ``module``."""
     return type(module) in QUANTIZED
+
+
+def _signature(float_class: type[nn.Module], layer: type[nn.Module]) -> inspect.Signature:
+    """Return the constructor's signature as people read it: the float layer's, then our own."""
+    own = inspect.signature(layer.__init__).parameters.values()
+    extra = [p for p in own if p.kind is p.KEYWORD_ONLY]
+    return inspect.Signature([*inspect.signature(float_class).parameters.values(), *extra])
 
 
 def _spec(spec: QuantSpec | None, default: QuantSpec, where: str) -> QuantSpec:

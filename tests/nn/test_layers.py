@@ -195,7 +195,7 @@ def test_strict_load_of_a_float_checkpoint() -> None:
     model.load_state_dict(plain.state_dict(), strict=True)
     assert torch.equal(model[0].weight, plain[0].weight)
     state = plain.state_dict() | {"0.weight_quantizer.min_val": torch.zeros(6)}
-    with pytest.raises(RuntimeError, match="weight_quantizer.max_val"):
+    with pytest.raises(RuntimeError, match=r"weight_quantizer\.max_val"):
         model.load_state_dict(state, strict=True)
 
 

@@ -56,7 +56,7 @@ __all__ = [
 
 
 def lint_onnx(
-    path_or_model: str | Path | ModelProto, backend: str | Backend = "tensorrt"
+    path: str | Path | ModelProto, backend: str | Backend = "tensorrt"
 ) -> list[Finding]:
     """Check a QDQ ONNX file against the rules of an inference engine.
 
@@ -64,7 +64,7 @@ def lint_onnx(
     external data files are read only where a rule needs their values.
 
     Args:
-        path_or_model: path of an .onnx file, or a model in memory.
+        path: path of an .onnx file, or a model in memory.
         backend: name of the engine, or its rules.
 
     Returns:
@@ -79,7 +79,7 @@ def lint_onnx(
     Source: NVIDIA TensorRT documentation, "Explicit quantization"; the onnx-tensorrt parser.
     """
     rules_of = backend if isinstance(backend, Backend) else get_backend(backend)
-    model, base_dir = load_for_lint(path_or_model)
+    model, base_dir = load_for_lint(path)
     view = open_view(model, base_dir)
     return sort_findings(
         finding for rule in RULES for one in view.walk() for finding in rule.run(one, rules_of)

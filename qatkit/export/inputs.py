@@ -1,0 +1,68 @@
+"""The arguments of a model as an ONNX file takes them."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import Tensor, nn
+
+from qatkit.graph.level import float_class
+
+
+def to_cpu_float32(value: Any) -> Any:
+    """Return arguments with every tensor on the CPU, and float32 in place of other float dtypes."""
+    if isinstance(value, Tensor):
+        value = value.detach().cpu()
+        return value.float() if value.is_floating_point() else value
+    if type(value) in (tuple, list):
+        return type(value)(to_cpu_float32(item) for item in value)
+    if isinstance(value, dict):
+        return {key: to_cpu_float32(item) for key, item in value.items()}
+    return value
+
+
+def input_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the tensor arguments by their names in the file.
+
+    A single one is ``input``; several have the names of the parameters of the model's forward.
+    """
+    if len(args) == 1 and not kwargs:
+        return {"input": args[0]}
+    forward: Any = float_class(type(model)).forward  # type: ignore[attr-defined]
+    parameters = list(inspect.signature(forward).parameters)[1:]
+    named = dict(zip(parameters, args, strict=False)) | kwargs
+    return {name: value for name, value in named.items() if isinstance(value, Tensor)}
+
+
+def output_names(result: Any) -> dict[str, Tensor]:
+    """Return the outputs of a model by their names in the file, nothing if they are nested deeper.
+
+    A single one is ``output``, those of a tuple ``output_0`` ..., those of a dict ``output_KEY``.
+    """
+    if isinstance(result, Tensor):
+        return {"output": result}
+    many: Any = result.items() if isinstance(result, dict) else ()
+    if isinstance(result, tuple | list):
+        many = enumerate(result)
+    named = {f"output_{key}": value for key, value in many}
+    return named if all(isinstance(value, Tensor) for value in named.values()) else {}
+
+
+def batch_axes(
+    inputs: dict[str, Any], outputs: dict[str, Tensor], *, dynamic: bool
+) -> dict[str, dict[int, str]]:
+    """Return which inputs and outputs have an open batch dimension, as the exporter wants it.
+
+    Inputs with two or more dimensions have it, and outputs that are as long as they are.
+    """
+    if not dynamic:
+        return {}
+    batched = {name: x.shape[0] for name, x in inputs.items() if _has_batch(x)}
+    sizes = set(batched.values())
+    follow = [name for name, y in outputs.items() if y.dim() > 0 and sizes == {y.shape[0]}]
+    return {name: {0: "batch"} for name in (*batched, *follow)}
+
+
+def _has_batch(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 1

@@ -1,0 +1,58 @@
+"""`ExportReport`: what `export_onnx` wrote."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from qatkit.export.lint import Finding, count_levels
+from qatkit.export.verify import VerifyReport
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written.
+
+    Attributes:
+        path: the file.
+        opset: its opset.
+        size_bytes: its size.
+        quantize_nodes: number of QuantizeLinear nodes.
+        dequantize_nodes: number of DequantizeLinear nodes.
+        findings: what the lint found, empty if it was not asked for.
+        verify: the comparison with ONNX Runtime, ``None`` if it was not asked for.
+    """
+
+    path: Path
+    opset: int
+    size_bytes: int
+    quantize_nodes: int
+    dequantize_nodes: int
+    findings: tuple[Finding, ...]
+    verify: VerifyReport | None
+
+    def __str__(self) -> str:
+        """Return a few lines for people."""
+        size = f"{self.size_bytes / 1e6:.2f} MB"
+        nodes = f"{self.quantize_nodes} Q, {self.dequantize_nodes} DQ"
+        counts = count_levels(self.findings)
+        lines = [
+            f"{self.path}: opset {self.opset}, {size}, {nodes}",
+            "lint: " + ", ".join(f"{number} {level}" for level, number in counts.items()),
+            *_by_rule(self.findings),
+        ]
+        if self.verify is not None:
+            lines.append(str(self.verify))
+        return "\n".join(lines)
+
+
+def _by_rule(findings: tuple[Finding, ...]) -> list[str]:
+    """Return the first error or warning of each rule, with the number of the others."""
+    of_rule: dict[tuple[str, str], list[Finding]] = {}
+    for finding in findings:
+        if finding.level != "INFO":
+            of_rule.setdefault((finding.rule, finding.level), []).append(finding)
+    return [
+        f"  {same[0]}" + (f" (and {len(same) - 1} more {rule})" if len(same) > 1 else "")
+        for (rule, _), same in of_rule.items()
+    ]

@@ -1,0 +1,81 @@
+"""Run PyTorch's ONNX exporter on a lowered model."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from qatkit.errors import QatkitError, shorten
+from qatkit.export.inputs import batch_axes, input_names, output_names
+from qatkit.export.marker import DOMAIN, exportable
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+
+def trace(
+    lowered: nn.Module,
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    opset: int,
+    dynamic_batch: bool,
+) -> ModelProto:
+    """Return what the exporter makes of ``lowered``, with marker nodes in it.
+
+    Args:
+        lowered: the lowered copy.
+        model: the model it was made from, for names.
+        args: positional arguments, float32 on the CPU.
+        kwargs: keyword arguments.
+        opset: the opset to write.
+        dynamic_batch: leave the batch dimension open.
+
+    Raises:
+        QatkitError: the exporter cannot express the model.
+    """
+    import onnx
+
+    inputs = input_names(model, args, kwargs)
+    buffer: Any = io.BytesIO()
+    with exportable(opset):
+        outputs = output_names(lowered(*args, **kwargs))
+        with _one_line_errors(type(model).__name__, opset):
+            torch.onnx.export(
+                lowered,
+                args,
+                buffer,
+                kwargs=kwargs,
+                opset_version=opset,
+                dynamo=False,
+                input_names=list(inputs),
+                output_names=list(outputs),
+                dynamic_axes=batch_axes(inputs, outputs, dynamic=dynamic_batch),
+                custom_opsets={DOMAIN: 1},
+            )
+    return onnx.load_model_from_string(buffer.getvalue())
+
+
+@contextlib.contextmanager
+def _one_line_errors(name: str, opset: int) -> Any:
+    """Turn what the exporter raises into one line, and keep it from printing whole graphs."""
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    except QatkitError:
+        raise
+    except torch.onnx.errors.UnsupportedOperatorError as error:
+        raise QatkitError(
+            f"{name}: opset {opset} cannot express it ({shorten(str(error), 160)}); "
+            "try a higher opset, up to 20"
+        ) from None
+    except Exception as error:
+        raise QatkitError(
+            f"{name}: PyTorch's ONNX exporter fails ({shorten(str(error), 200)}); "
+            "see that the float model exports with torch.onnx.export(dynamo=False)"
+        ) from None
