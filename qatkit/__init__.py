@@ -3,19 +3,13 @@
 In the order of use: `plan`, `prepare`, `calibrate`, training with a `QATSchedule`, `export_onnx`.
 """
 
+from typing import TYPE_CHECKING
+
 from qatkit import nn
 from qatkit.calibrate import CalibrationReport, calibrate
 from qatkit.checkpoint import load, save
 from qatkit.config import QuantConfig, Rule
 from qatkit.errors import QatkitError
-from qatkit.export import (
-    ExportReport,
-    Finding,
-    VerifyReport,
-    export_onnx,
-    lint_onnx,
-    verify_onnx,
-)
 from qatkit.freeze import freeze_batch_norm, freeze_ranges
 from qatkit.functional import fake_quantize, shrink_range
 from qatkit.graph.plan import Plan
@@ -26,6 +20,16 @@ from qatkit.schedule import QATSchedule
 from qatkit.spec import QuantSpec
 from qatkit.summary import summary
 from qatkit.version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from qatkit.export import (
+        ExportReport,
+        Finding,
+        VerifyReport,
+        export_onnx,
+        lint_onnx,
+        verify_onnx,
+    )
 
 __all__ = [
     "CalibrationReport",
@@ -56,3 +60,26 @@ __all__ = [
     "summary",
     "verify_onnx",
 ]
+
+_OF_EXPORT = (
+    "ExportReport",
+    "Finding",
+    "VerifyReport",
+    "export_onnx",
+    "lint_onnx",
+    "verify_onnx",
+)
+
+
+def __getattr__(name: str) -> object:
+    """Import the exporter at its first use: it is a third of what importing qatkit would cost."""
+    if name not in _OF_EXPORT:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from qatkit import export
+
+    return getattr(export, name)
+
+
+def __dir__() -> list[str]:
+    """Return all names, those of the exporter too."""
+    return sorted({*globals(), *_OF_EXPORT})

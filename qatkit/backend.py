@@ -1,7 +1,8 @@
 """What an inference engine can fuse: plain data, read by the placement *and* by the lint.
 
-Operator kinds carry their ONNX names (``Conv``, ``Gemm``, ``MaxPool`` ...) on both sides, so that the pass which places
-a quantizer and the rule which checks the exported file can never disagree about what an operator is.
+Operator kinds carry their ONNX names (``Conv``, ``Gemm``, ``MaxPool`` ...) on both sides, so that
+the pass which places a quantizer and the rule which checks the exported file can never disagree
+about what an operator is.
 """
 
 from __future__ import annotations
@@ -22,14 +23,17 @@ class Backend:
 
     Attributes:
         name: how users ask for it.
-        weighted: operators with a weight; their input and weight are quantized, never the bias (F1).
-        copies: operators that only move values; they get no quantizer of their own and share a scale (F8).
+        weighted: operators with a weight; their input and weight are quantized, never the bias
+            (F1).
+        copies: operators that only move values; they get no quantizer of their own and share a
+            scale (F8).
         needs_quantized_output: operators that run in INT8 only with INT8 on both sides (F7).
         residual: which operand of a join behind a convolution is quantized (F6).
         transformer_residual: the same for a join behind a linear layer (F6c).
         unsigned_int8: whether uint8 codes, and with them asymmetric activations, are accepted (P3).
         zero_point: whether a zero point other than 0 is accepted (P2).
-        axis_of_weight: the quantized axis of a per-channel weight by operator, ``None`` for per-tensor (F2, F2b).
+        axis_of_weight: the quantized axis of a per-channel weight by operator, ``None`` for
+            per-tensor (F2, F2b).
         activations: pointwise operators that fuse into the weighted operator in front of them (F4).
         smooth_activations: pointwise operators that stay float up to the next quantizer (F11).
         joins: operators on two tensors that run in INT8 only with INT8 on both sides (F7, F11).

@@ -1,4 +1,4 @@
-"""Which tensors of a model are quantized and how: `QuantConfig`, its presets, and `Rule`s for single modules."""
+"""Which tensors of a model are quantized and how: `QuantConfig`, its presets, and `Rule`."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def matches(pattern: str, path: str) -> bool:
 class Rule:
     """An exception for the modules whose path a glob matches, and for everything inside them.
 
-    The glob is matched against whole module paths (``conv1`` is not ``layer1.0.conv1``; write ``*.conv1`` for that)
-    and against quantizer paths (``conv1.weight_quantizer``). ``None`` leaves a field as it is. Where several rules
-    match, the later one wins, field by field.
+    The glob is matched against whole module paths (``conv1`` is not ``layer1.0.conv1``; write
+    ``*.conv1`` for that) and against quantizer paths (``conv1.weight_quantizer``). ``None`` leaves
+    a field as it is. Where several rules match, the later one wins, field by field.
 
     Attributes:
         pattern: the glob.
@@ -60,7 +60,8 @@ class Rule:
         """Check the fields, the values by making a spec with them."""
         if not isinstance(self.pattern, str) or not self.pattern:
             raise QatkitError(
-                f"Rule(pattern={self.pattern!r}): give a glob over module paths, for example 'layer1.*'"
+                f"Rule(pattern={self.pattern!r}): "
+                "give a glob over module paths, for example 'layer1.*'"
             )
         if self.enabled not in (None, True, False):
             raise QatkitError(
@@ -90,14 +91,16 @@ class QuantConfig:
     """The quantization of a whole model.
 
     Attributes:
-        weight: spec of the weights. With an ``axis`` it is per-channel, each layer using its own output axis
-            (transposed convolutions stay per-tensor, see `qatkit.backend.Backend.axis_of_weight`).
+        weight: spec of the weights. With an ``axis`` it is per-channel, each layer using its own
+            output axis (transposed convolutions stay per-tensor, see
+            `qatkit.backend.Backend.axis_of_weight`).
         activation: spec of the activations, per-tensor.
         backend: name of the engine, which decides where quantizers go.
         rules: exceptions, the later one wins.
         fold_batch_norm: quantize the weight as it is after folding the batch norm behind it.
         share_concat_scales: one scale for all inputs of a concatenation (F9).
-        first_last_bits: width of the first and the last weighted layer, ``None`` for no exception (F16).
+        first_last_bits: width of the first and the last weighted layer, ``None`` for no exception
+            (F16).
 
     Raises:
         QatkitError: the backend is unknown or cannot run such a spec.
@@ -152,7 +155,8 @@ class QuantConfig:
             return cls.preset(config)
         if not isinstance(config, cls):
             raise QatkitTypeError(
-                f"config={config!r}: give a QuantConfig, a preset name ({', '.join(PRESETS)}) or None"
+                f"config={config!r}: give a QuantConfig, "
+                f"a preset name ({', '.join(PRESETS)}) or None"
             )
         return config
 
@@ -229,11 +233,13 @@ def _checked_rules(rules: object) -> tuple[Rule, ...]:
 def _check_backend(spec: QuantSpec, where: str, backend: Backend) -> None:
     if not backend.zero_point and not spec.symmetric:
         raise QatkitError(
-            f"{where}: symmetric=False needs zero points, {backend.name} has none; use symmetric=True"
+            f"{where}: symmetric=False needs zero points, {backend.name} has none; "
+            "use symmetric=True"
         )
     if not backend.unsigned_int8 and not spec.signed and spec.num_bits >= 8:
         raise QatkitError(
-            f"{where}: signed=False with {spec.num_bits} bits, {backend.name} runs int8; use signed=True"
+            f"{where}: signed=False with {spec.num_bits} bits, {backend.name} runs int8; "
+            "use signed=True"
         )
     if "activation" in where and spec.per_channel:
         raise QatkitError(

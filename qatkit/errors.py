@@ -1,6 +1,7 @@
 """The errors of qatkit: one base class, so that one ``except`` catches them all.
 
-Every message is one line: what is wrong, where (module path or file), the offending value, and the remedy.
+Every message is one line: what is wrong, where (module path or file), the offending value, and the
+remedy.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ class MissingExtraError(QatkitError, ImportError):
 
 
 def shorten(text: str, limit: int = 300) -> str:
-    """Return the first line of ``text``, cut to ``limit`` characters, for use inside an error message.
+    r"""Return the first line of ``text``, cut to ``limit`` characters, for an error message.
 
-    >>> shorten("first line\\nsecond line")
+    >>> shorten("first line\nsecond line")
     'first line'
     """
     line = text.strip().splitlines()[0] if text.strip() else ""

@@ -25,16 +25,19 @@ NO_RANGE = (
 class TensorQuantizer(nn.Module):
     """Fake-quantize a tensor: ``y = dequantize(quantize(x))`` with a straight-through gradient.
 
-    Two switches, as in ``torch.ao``: `quantize` turns the fake quantization on or off, `observe` says when the range
-    is estimated anew: in training mode, always (calibration) or never (frozen). In eval, and when frozen, no buffer
-    ever changes. A quantizer that has no range yet passes its input through and warns once.
+    Two switches, as in ``torch.ao``: `quantize` turns the fake quantization on or off, `observe`
+    says when the range is estimated anew: in training mode, always (calibration) or never (frozen).
+    In eval, and when frozen, no buffer ever changes. A quantizer that has no range yet passes its
+    input through and warns once.
 
-    Quantizers whose tensors are copies of each other (two sides of a max-pool, parts of a concatenation) share one
-    scale: each remembers its own tensor, and all quantize with the union of their ranges (`share_range`).
+    Quantizers whose tensors are copies of each other (two sides of a max-pool, parts of a
+    concatenation) share one scale: each remembers its own tensor, and all quantize with the union
+    of their ranges (`share_range`).
 
     Args:
         spec: the integer grid and the observer.
-        channels: length of ``spec.axis``; needed when there is one, so that the buffers have their final shape.
+        channels: length of ``spec.axis``; needed when there is one, so that the buffers have their
+            final shape.
         device: where the buffers live.
 
     Attributes:
@@ -142,11 +145,13 @@ class TensorQuantizer(nn.Module):
     def _covers_all(self) -> bool:
         """Whether the range is that of the tensor itself, so that nothing is clipped."""
         spec = self.spec
-        own_range = spec.memory == "latest" and self.observe != "never" and spec.observer == "minmax"
+        own_range = (
+            spec.memory == "latest" and self.observe != "never" and spec.observer == "minmax"
+        )
         return own_range and spec.symmetric and spec.signed and not spec.power_of_two
 
     def grid_for(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Return the ``(scale, zero_point)`` that `x` is quantized with in eval; ``None`` without a range."""
+        """Return the ``(scale, zero_point)`` for ``x`` in eval; ``None`` without a range."""
         chosen = self._range_for(x, None)
         return None if chosen is None else qparams(*chosen, self.spec)
 
@@ -198,7 +203,7 @@ class TensorQuantizer(nn.Module):
     def _range_for(
         self, x: Tensor, batch: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor] | None:
-        """Return the range to quantize ``x`` with, given the estimate of this forward if there is one."""
+        """Return the range to quantize ``x`` with; ``batch`` is the estimate of this forward."""
         if self.spec.memory == "latest" and self.observe != "never":
             return self._estimate(x) if batch is None else batch
         if not (self.calibrated or any(peer.calibrated for peer in self._peers)):
@@ -246,7 +251,7 @@ class TensorQuantizer(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Load the buffers; a checkpoint of the float model, which has none of them, is complete too."""
+        """Load the buffers; a checkpoint of the float model has none of them and will do."""
         if not any(prefix + name in state_dict for name in self._buffers):
             return
         super()._load_from_state_dict(

@@ -21,8 +21,8 @@ MEMORIES = ("running", "batch", "latest")
 class QuantSpec:
     """How one tensor is turned into integers and back.
 
-    The grid is ``code = clamp(round(x / scale) + zero_point, quant_min, quant_max)``; a symmetric spec has
-    ``zero_point = 0`` and ``scale = amax / quant_max``.
+    The grid is ``code = clamp(round(x / scale) + zero_point, quant_min, quant_max)``; a symmetric
+    spec has ``zero_point = 0`` and ``scale = amax / quant_max``.
 
     Attributes:
         num_bits: width of a code, 2..16.
@@ -31,13 +31,16 @@ class QuantSpec:
         narrow_range: leave out the lowest signed code, so that 8 bits are -127..127.
         axis: the axis with one scale for each index, ``None`` for one scale for the tensor.
         observer: how a tensor becomes a range: one of `OBSERVER_NAMES`.
-        percentile: for ``shrink``: percent of the samples that may be cut on each side, 0 <= p < 50.
-        power_of_two: round the range up to a power of two, so that the scale is one too; needs ``symmetric``.
+        percentile: for ``shrink``: percent of the samples that may be cut on each side,
+            0 <= percentile < 50.
+        power_of_two: round the range up to a power of two, so that the scale is one too; needs
+            ``symmetric``.
         sigma: for ``sigma``: half width of the range in standard deviations.
         momentum: the weight of a new range in the memory; ``None`` for the observer's own.
         fixed_range: for ``fixed``: the range ``(min, max)``.
-        memory: ``running`` quantizes with the remembered range, ``batch`` with the current one while training and
-            the remembered one in eval, ``latest`` always with the range of the tensor at hand (weights) until frozen.
+        memory: ``running`` quantizes with the remembered range, ``batch`` with the current one
+            while training and the remembered one in eval, ``latest`` always with the range of the
+            tensor at hand (weights) until frozen.
 
     Raises:
         QatkitError: a field is out of its range or two fields contradict each other.
@@ -45,9 +48,9 @@ class QuantSpec:
     >>> spec = QuantSpec(num_bits=4)
     >>> spec.quant_min, spec.quant_max
     (-8, 7)
-    >>> QuantSpec(percentile=50)
+    >>> QuantSpec(num_bits=1)
     Traceback (most recent call last):
-    qatkit.errors.QatkitError: QuantSpec(percentile=50): percent of samples cut per tail, give 0 <= percentile < 50
+    qatkit.errors.QatkitError: QuantSpec(num_bits=1): give an integer from 2 to 16
     """
 
     num_bits: int = 8
@@ -74,12 +77,12 @@ class QuantSpec:
         """The lowest code."""
         if not self.signed:
             return 0
-        return -(2 ** (self.num_bits - 1)) + int(self.narrow_range)
+        return -(1 << (self.num_bits - 1)) + int(self.narrow_range)
 
     @property
     def quant_max(self) -> int:
         """The highest code."""
-        return 2 ** (self.num_bits - 1) - 1 if self.signed else 2**self.num_bits - 1
+        return (1 << (self.num_bits - int(self.signed))) - 1
 
     @property
     def per_channel(self) -> bool:
@@ -119,7 +122,8 @@ def check_percentile(percentile: float, where: str) -> None:
     number = isinstance(percentile, int | float) and not isinstance(percentile, bool)
     if not number or not 0 <= percentile < 50:
         raise QatkitError(
-            f"{where}(percentile={percentile!r}): percent of samples cut per tail, give 0 <= percentile < 50"
+            f"{where}(percentile={percentile!r}): percent of samples cut per tail, "
+            "give 0 <= percentile < 50"
         )
 
 
@@ -140,11 +144,13 @@ def _check_grid(spec: QuantSpec) -> None:
         raise QatkitError(f"QuantSpec(num_bits={spec.num_bits!r}): give an integer from 2 to 16")
     if spec.narrow_range and not spec.signed:
         raise QatkitError(
-            "QuantSpec(narrow_range=True, signed=False): only signed codes have a lowest code to drop"
+            "QuantSpec(narrow_range=True, signed=False): "
+            "only signed codes have a lowest code to drop"
         )
     if spec.power_of_two and not spec.symmetric:
         raise QatkitError(
-            "QuantSpec(power_of_two=True, symmetric=False): a power-of-two scale needs symmetric=True"
+            "QuantSpec(power_of_two=True, symmetric=False): "
+            "a power-of-two scale needs symmetric=True"
         )
 
 
@@ -165,7 +171,8 @@ def _check_range(spec: QuantSpec) -> None:
         raise QatkitError(f"QuantSpec(memory={spec.memory!r}): {suggest(spec.memory, MEMORIES)}")
     if (spec.observer == "fixed") != (spec.fixed_range is not None):
         raise QatkitError(
-            "QuantSpec: observer='fixed' and fixed_range=(min, max) go together, give both or neither"
+            "QuantSpec: observer='fixed' and fixed_range=(min, max) go together, "
+            "give both or neither"
         )
     if spec.fixed_range is not None:
         _check_fixed(spec)

@@ -30,8 +30,8 @@ def remove_identities(graph: GraphProto) -> None:
 def batch_norm_to_affine(model: ModelProto) -> None:
     """Replace each BatchNormalization in eval form by a Mul and an Add, in place.
 
-    ``y = x * a + b`` with ``a = gamma / sqrt(var + eps)``, ``b = beta - mean * a``. Those behind a quantized layer were
-    folded into it before; the ones left stand behind something else.
+    ``y = x * a + b`` with ``a = gamma / sqrt(var + eps)``, ``b = beta - mean * a``. Those behind a
+    quantized layer were folded into it before; the ones left stand behind something else.
     """
     from onnx import helper, numpy_helper, shape_inference
 

@@ -33,7 +33,8 @@ def lower(model: nn.Module) -> nn.Module:
     """Return the copy, in eval mode, float32, on the CPU.
 
     Raises:
-        QatkitError: a quantizer has a grid that the file cannot hold, or the model cannot be copied.
+        QatkitError: a quantizer has a grid that the file cannot hold, or the model cannot be
+            copied.
     """
     try:
         lowered = copy.deepcopy(model)

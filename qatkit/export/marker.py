@@ -1,7 +1,8 @@
 """One operator, ``qatkit::fake_quantize``, marks every quantizer on its way through the ONNX exporter.
 
-The exporters' own fake-quantize conversions refuse narrow grids, and functions with a ``symbolic`` are lost silently in
-the newer exporter; an operator of our own survives both as one node, which `qatkit.export.qdq` turns into Q and DQ.
+The exporters' own fake-quantize conversions refuse narrow grids, and functions with a ``symbolic``
+are lost silently in the newer exporter; an operator of our own survives both as one node, which
+`qatkit.export.qdq` turns into Q and DQ.
 """
 
 from __future__ import annotations

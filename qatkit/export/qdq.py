@@ -32,9 +32,9 @@ class _Mark:
 def insert_qdq(model: ModelProto, *, int8_weights: bool) -> None:
     """Replace every marker by Q and DQ, in place.
 
-    The same quantizer on the same tensor becomes one pair. Zero points are int8 zeros. A grid narrower than int8 gets
-    a Clip in front of Q. A weight becomes float -> Q -> DQ, or with ``int8_weights`` int8 -> DQ. A transpose of a
-    quantized weight is done on the weight.
+    The same quantizer on the same tensor becomes one pair. Zero points are int8 zeros. A grid
+    narrower than int8 gets a Clip in front of Q. A weight becomes float -> Q -> DQ, or with
+    ``int8_weights`` int8 -> DQ. A transpose of a quantized weight is done on the weight.
 
     Args:
         model: what the exporter wrote.

@@ -115,8 +115,9 @@ class _Seen:
 def verify_onnx(path: str | os.PathLike[str], model: nn.Module, inputs: Any) -> VerifyReport:
     """Compare a file written by `export_onnx` with the model, in ONNX Runtime without graph optimizations.
 
-    Each quantizer is compared by itself: ONNX Runtime gets the model's own quantized tensors as the inputs of every
-    layer (teacher forcing), so that one rounding does not spread. Then both run end to end.
+    Each quantizer is compared by itself: ONNX Runtime gets the model's own quantized tensors as the
+    inputs of every layer (teacher forcing), so that one rounding does not spread. Then both run end
+    to end.
 
     Args:
         path: the file.

@@ -21,7 +21,8 @@ class FoldedLayer:
     """What a layer and its batch norm compute together.
 
     Attributes:
-        weight: float32 in the shape of the layer's weight; on the grid (``codes * scale``) if it is quantized.
+        weight: float32 in the shape of the layer's weight; on the grid (``codes * scale``) if it is
+            quantized.
         bias: (C_out,) float32, ``None`` for none.
         codes: int32 in the shape of the weight, ``None`` for a float weight.
         scale: () or (C,) float32.
@@ -40,9 +41,10 @@ class FoldedLayer:
 def fold_layer(layer: QuantizedWeight, norm: nn.Module | None) -> FoldedLayer:
     """Fold a batch norm into a quantized layer without changing a single code.
 
-    The codes are those that the layer computes with: of ``w * s`` where its quantizer sees the fold, else of ``w``;
-    in the second case ``Q(w) * s`` has the same codes on the scale ``scale * |s|``, negated where ``s < 0``. A channel
-    with ``s = 0``, or whose scale is no normal number, has only zeros and the scale 1.
+    The codes are those that the layer computes with: of ``w * s`` where its quantizer sees the
+    fold, else of ``w``; in the second case ``Q(w) * s`` has the same codes on the scale ``scale *
+    |s|``, negated where ``s < 0``. A channel with ``s = 0``, or whose scale is no normal number,
+    has only zeros and the scale 1.
 
     Args:
         layer: the layer; it is not changed.
@@ -95,8 +97,8 @@ def _fold_float(layer: QuantizedWeight, norm: nn.Module | None) -> tuple[Tensor,
 def _factor_and_bias(layer: QuantizedWeight, norm: Any) -> tuple[Tensor, Tensor]:
     """Return what the norm multiplies each output channel with, and the bias of both together: (C_out,) float32.
 
-    The bias is what the norm itself makes of the layer's bias, bit for bit: a channel whose inputs are all zero is
-    constant in the model and in the file, and must round to the same code in both.
+    The bias is what the norm itself makes of the layer's bias, bit for bit: a channel whose inputs
+    are all zero is constant in the model and in the file, and must round to the same code in both.
     """
     mean = norm.running_mean.float()
     ones = torch.ones_like(mean)

@@ -74,7 +74,11 @@ def power_of_two_ceil(x: Tensor) -> Tensor:
 def _symmetric_scale(low: _Array, high: _Array, spec: QuantSpec) -> _Array:
     """Do the same in NumPy, whose calls cost a third of PyTorch's on a handful of numbers."""
     with np.errstate(all="ignore"):
-        amax = np.maximum(np.abs(low), np.abs(high)) if spec.signed else np.maximum(high, np.float32(0))
+        amax = (
+            np.maximum(np.abs(low), np.abs(high))
+            if spec.signed
+            else np.maximum(high, np.float32(0))
+        )
         scale = amax / np.float32(spec.quant_max)
         alive = (scale >= _SMALLEST_SCALE) & (scale <= _LARGEST_SCALE)
         return np.where(alive, scale, np.float32(1))

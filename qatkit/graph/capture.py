@@ -1,12 +1,14 @@
 """Run a model once on a copy and record which operator read which value.
 
-Nothing is traced symbolically: the model runs as it is, on the example inputs, so that data-dependent control flow
-(detection models, user code) is no obstacle. The copy shares every parameter with the model and has its own buffers.
+Nothing is traced symbolically: the model runs as it is, on the example inputs, so that
+data-dependent control flow (detection models, user code) is no obstacle. The copy shares every
+parameter with the model and has its own buffers.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -267,7 +269,7 @@ class _Recorder(TorchFunctionMode):
 
 
 def _map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
-    """Return ``value`` with each tensor in its tuples, lists and dicts changed; other objects stay."""
+    """Return ``value`` with each tensor in its tuples, lists, dicts and dataclasses changed; the rest stays."""
     if isinstance(value, Tensor):
         return change(value)
     if type(value) in (tuple, list):
@@ -278,5 +280,13 @@ def _map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
         copied = copy.copy(value)
         for key, item in value.items():
             copied[key] = _map_tensors(item, change)
+        return copied
+    if isinstance(value, tuple):
+        make = getattr(type(value), "_make", type(value))
+        return make(_map_tensors(item, change) for item in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        copied = copy.copy(value)
+        for key, item in vars(value).items():
+            copied.__dict__[key] = _map_tensors(item, change)
         return copied
     return value

@@ -12,8 +12,9 @@ _FOLDABLE = ("Conv", "ConvTranspose", "Gemm")
 def find_folds(capture: Capture) -> dict[str, str]:
     """Return the path of the batch norm behind each layer that has one of its own.
 
-    A layer called twice, or whose output has a second reader, cannot absorb it. Neither can a linear layer behind
-    which the batch norm does not run over the output features: with more than two dimensions it runs over axis 1.
+    A layer called twice, or whose output has a second reader, cannot absorb it. Neither can a
+    linear layer behind which the batch norm does not run over the output features: with more than
+    two dimensions it runs over axis 1.
     """
     times = Counter(call.name for call in capture.operators if call.module is not None)
     returned = set(capture.root.results)

@@ -1,7 +1,7 @@
 """The forward of one block as a graph: its child modules are opaque, only its own functional operations show.
 
-``torch.fx`` traces the block alone, on a stand-in object, so that tracing can damage nothing; the nodes of the graph
-are then matched, in order, with what a `Capture` saw happen inside the block.
+``torch.fx`` traces the block alone, on a stand-in object, so that tracing can damage nothing; the
+nodes of the graph are then matched, in order, with what a `Capture` saw happen inside the block.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ def trace_level(block: nn.Module, template: Template, *, training: bool) -> fx.G
 
     Args:
         block: a module; it is not changed.
-        template: the form of ``(args, kwargs)``, see `qatkit.graph.structure`; its tensors are the placeholders.
+        template: the form of ``(args, kwargs)``, see `qatkit.graph.structure`; its tensors are the
+            placeholders.
         training: the mode to trace.
 
     Returns:
@@ -90,7 +91,8 @@ def match(block: nn.Module, call: Call) -> Level:
     """Trace ``block`` and match the nodes with the recorded ``call`` of it.
 
     Raises:
-        LevelError: the graph is not what the recorded run did, or training does something else than eval.
+        LevelError: the graph is not what the recorded run did, or training does something else than
+            eval.
     """
     graph = trace_level(block, call.template, training=False)
     if signature(graph) != signature(trace_level(block, call.template, training=True)):

@@ -17,7 +17,8 @@ class QuantizerPlan:
 
     Attributes:
         path: where it is registered.
-        aliases: other paths under which the same quantizer stands, one for each further layer that reads the tensor.
+        aliases: other paths under which the same quantizer stands, one for each further layer that
+            reads the tensor.
         role: ``"weight"`` or ``"activation"``.
         spec: how it quantizes.
         reason: the rule that asks for it.
@@ -37,8 +38,8 @@ class LayerPlan:
     Attributes:
         path: path of the module.
         kind: name of its float class.
-        batch_norm: path of the batch norm that is folded into the weight, ``None`` for none; while training only
-            with `QuantConfig.fold_batch_norm`, in an exported file always.
+        batch_norm: path of the batch norm that is folded into the weight, ``None`` for none; while
+            training only with `QuantConfig.fold_batch_norm`, in an exported file always.
         input_is_quantized: the block around it runs its input quantizer.
     """
 
@@ -70,7 +71,8 @@ class BlockPlan:
     Attributes:
         path: path of the module, empty for the model itself.
         template: the form of its arguments (`qatkit.graph.structure`).
-        signature: what its forward does (`qatkit.graph.level.signature`), checked when the plan is applied.
+        signature: what its forward does (`qatkit.graph.level.signature`), checked when the plan is
+            applied.
         sites: the quantizer calls.
     """
 

@@ -42,7 +42,8 @@ class RewrittenBlock(nn.Module):
 def rewrite(block: nn.Module, plan: BlockPlan) -> None:
     """Change the class of ``block`` to one whose forward calls the quantizers of ``plan``.
 
-    The quantizers must be in place. Without them quantizing, the forward computes what it did before.
+    The quantizers must be in place. Without them quantizing, the forward computes what it did
+    before.
 
     Raises:
         QatkitError: the block's code is not the one that was planned for.

@@ -7,12 +7,13 @@ A template is made of tuples, strings and numbers, so that it is hashable and su
 ``("const", v)``     a plain number, string, bool or ``None``
 ``("tuple", t...)``  and ``("list", t...)``: templates of the items
 ``("dict", (k, t)...)``  keys and templates of the values
-``("opaque", name)`` anything else, by the name of its class
-===================  =====================================
+``("opaque", name, t...)`` anything else, by the name of its class; the items of a named tuple or a
+dataclass follow ===================  =====================================
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -55,7 +56,7 @@ def unflatten(template: Template, leaves: Iterator[Any]) -> Any:
 
 
 def tensors(value: Any) -> list[Tensor]:
-    """Return the tensors inside ``value`` in order, looking into tuples, lists and dicts."""
+    """Return the tensors inside ``value`` in order, looking into tuples, lists, dicts and dataclasses."""
     return flatten(value)[1]
 
 
@@ -82,4 +83,21 @@ def _template(value: Any, is_leaf: type | tuple[type, ...], leaves: list[Any]) -
         return (type(value).__name__, *(_template(item, is_leaf, leaves) for item in value))
     if isinstance(value, dict) and all(isinstance(key, str | int) for key in value):
         return ("dict", *((key, _template(item, is_leaf, leaves)) for key, item in value.items()))
-    return ("opaque", type(value).__name__)
+    items = (_template(item, is_leaf, leaves) for item in opaque_items(value))
+    return ("opaque", type(value).__name__, *items)
+
+
+def opaque_items(value: Any) -> list[Any]:
+    """Return what is inside a container that a template cannot rebuild: a named tuple, a dataclass, an odd dict.
+
+    >>> import torch
+    >>> opaque_items(torch.tensor([3.0, 5.0]).max(dim=0))
+    [tensor(5.), tensor(1)]
+    """
+    if isinstance(value, dict):
+        return list(value.values())
+    if isinstance(value, tuple | list):
+        return list(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return list(vars(value).values())
+    return []

@@ -13,6 +13,7 @@ class QuantConv1d(QuantizedWeight, nn.Conv1d):
 
     Takes the arguments of ``torch.nn.Conv1d``, then ``weight_spec`` and ``input_spec``.
 
+    >>> import torch
     >>> QuantConv1d(4, 8, 3, padding="same")(torch.randn(2, 4, 10)).shape
     torch.Size([2, 8, 10])
     """
@@ -28,6 +29,7 @@ class QuantConv2d(QuantizedWeight, nn.Conv2d):
 
     Takes the arguments of ``torch.nn.Conv2d``, then ``weight_spec`` and ``input_spec``.
 
+    >>> import torch
     >>> QuantConv2d(3, 8, 3, stride=2, padding=1)(torch.randn(2, 3, 8, 8)).shape
     torch.Size([2, 8, 4, 4])
     """
@@ -43,6 +45,7 @@ class QuantConv3d(QuantizedWeight, nn.Conv3d):
 
     Takes the arguments of ``torch.nn.Conv3d``, then ``weight_spec`` and ``input_spec``.
 
+    >>> import torch
     >>> QuantConv3d(3, 8, 3)(torch.randn(2, 3, 4, 8, 8)).shape
     torch.Size([2, 8, 2, 6, 6])
     """

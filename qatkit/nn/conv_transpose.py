@@ -56,6 +56,7 @@ class QuantizedTransposed(QuantizedWeight, _ConvTransposeNd):
 class QuantConvTranspose1d(QuantizedTransposed, nn.ConvTranspose1d):
     """``torch.nn.ConvTranspose1d`` with a quantized input and weight.
 
+    >>> import torch
     >>> QuantConvTranspose1d(4, 8, 3, stride=2)(torch.randn(2, 4, 5)).shape
     torch.Size([2, 8, 11])
     """
@@ -68,6 +69,7 @@ class QuantConvTranspose1d(QuantizedTransposed, nn.ConvTranspose1d):
 class QuantConvTranspose2d(QuantizedTransposed, nn.ConvTranspose2d):
     """``torch.nn.ConvTranspose2d`` with a quantized input and weight.
 
+    >>> import torch
     >>> QuantConvTranspose2d(4, 8, 2, stride=2)(torch.randn(2, 4, 5, 5)).shape
     torch.Size([2, 8, 10, 10])
     """
@@ -80,6 +82,7 @@ class QuantConvTranspose2d(QuantizedTransposed, nn.ConvTranspose2d):
 class QuantConvTranspose3d(QuantizedTransposed, nn.ConvTranspose3d):
     """``torch.nn.ConvTranspose3d`` with a quantized input and weight.
 
+    >>> import torch
     >>> QuantConvTranspose3d(4, 8, 2, stride=2)(torch.randn(2, 4, 3, 5, 5)).shape
     torch.Size([2, 8, 6, 10, 10])
     """

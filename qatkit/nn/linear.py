@@ -14,6 +14,7 @@ class QuantLinear(QuantizedWeight, nn.Linear):
 
     Takes the arguments of ``torch.nn.Linear``, then ``weight_spec`` and ``input_spec``.
 
+    >>> import torch
     >>> QuantLinear(4, 8)(torch.randn(2, 4)).shape
     torch.Size([2, 8])
     """

@@ -19,6 +19,7 @@ class QuantizedPool(QuantizedInput):
 class QuantAvgPool1d(QuantizedPool, nn.AvgPool1d):
     """``torch.nn.AvgPool1d`` with a quantized input.
 
+    >>> import torch
     >>> QuantAvgPool1d(2)(torch.randn(2, 3, 8)).shape
     torch.Size([2, 3, 4])
     """
@@ -28,6 +29,7 @@ class QuantAvgPool1d(QuantizedPool, nn.AvgPool1d):
 class QuantAvgPool2d(QuantizedPool, nn.AvgPool2d):
     """``torch.nn.AvgPool2d`` with a quantized input.
 
+    >>> import torch
     >>> QuantAvgPool2d(2)(torch.randn(2, 3, 8, 8)).shape
     torch.Size([2, 3, 4, 4])
     """
@@ -37,6 +39,7 @@ class QuantAvgPool2d(QuantizedPool, nn.AvgPool2d):
 class QuantAvgPool3d(QuantizedPool, nn.AvgPool3d):
     """``torch.nn.AvgPool3d`` with a quantized input.
 
+    >>> import torch
     >>> QuantAvgPool3d(2)(torch.randn(2, 3, 8, 8, 8)).shape
     torch.Size([2, 3, 4, 4, 4])
     """
@@ -46,6 +49,7 @@ class QuantAvgPool3d(QuantizedPool, nn.AvgPool3d):
 class QuantAdaptiveAvgPool1d(QuantizedPool, nn.AdaptiveAvgPool1d):
     """``torch.nn.AdaptiveAvgPool1d`` with a quantized input.
 
+    >>> import torch
     >>> QuantAdaptiveAvgPool1d(1)(torch.randn(2, 3, 8)).shape
     torch.Size([2, 3, 1])
     """
@@ -55,6 +59,7 @@ class QuantAdaptiveAvgPool1d(QuantizedPool, nn.AdaptiveAvgPool1d):
 class QuantAdaptiveAvgPool2d(QuantizedPool, nn.AdaptiveAvgPool2d):
     """``torch.nn.AdaptiveAvgPool2d`` with a quantized input.
 
+    >>> import torch
     >>> QuantAdaptiveAvgPool2d(1)(torch.randn(2, 3, 8, 8)).shape
     torch.Size([2, 3, 1, 1])
     """
@@ -64,6 +69,7 @@ class QuantAdaptiveAvgPool2d(QuantizedPool, nn.AdaptiveAvgPool2d):
 class QuantAdaptiveAvgPool3d(QuantizedPool, nn.AdaptiveAvgPool3d):
     """``torch.nn.AdaptiveAvgPool3d`` with a quantized input.
 
+    >>> import torch
     >>> QuantAdaptiveAvgPool3d(1)(torch.randn(2, 3, 8, 8, 8)).shape
     torch.Size([2, 3, 1, 1, 1])
     """
@@ -73,6 +79,7 @@ class QuantAdaptiveAvgPool3d(QuantizedPool, nn.AdaptiveAvgPool3d):
 class QuantMaxPool1d(QuantizedPool, nn.MaxPool1d):
     """``torch.nn.MaxPool1d`` with a quantized input.
 
+    >>> import torch
     >>> QuantMaxPool1d(2)(torch.randn(2, 3, 8)).shape
     torch.Size([2, 3, 4])
     """
@@ -82,6 +89,7 @@ class QuantMaxPool1d(QuantizedPool, nn.MaxPool1d):
 class QuantMaxPool2d(QuantizedPool, nn.MaxPool2d):
     """``torch.nn.MaxPool2d`` with a quantized input.
 
+    >>> import torch
     >>> QuantMaxPool2d(2)(torch.randn(2, 3, 8, 8)).shape
     torch.Size([2, 3, 4, 4])
     """
@@ -91,6 +99,7 @@ class QuantMaxPool2d(QuantizedPool, nn.MaxPool2d):
 class QuantMaxPool3d(QuantizedPool, nn.MaxPool3d):
     """``torch.nn.MaxPool3d`` with a quantized input.
 
+    >>> import torch
     >>> QuantMaxPool3d(2)(torch.randn(2, 3, 8, 8, 8)).shape
     torch.Size([2, 3, 4, 4, 4])
     """

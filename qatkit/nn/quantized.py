@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import inspect
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar
@@ -32,7 +31,7 @@ def quantizes(float_class: type[nn.Module]) -> Callable[[Layer], Layer]:
     def register(layer: Layer) -> Layer:
         _QUANTIZED[float_class] = layer
         floats = inspect.signature(float_class)
-        own = inspect.signature(layer.__init__).parameters.values()  # type: ignore[misc]
+        own = inspect.signature(layer.__init__).parameters.values()
         extra = [parameter for parameter in own if parameter.kind is parameter.KEYWORD_ONLY]
         parameters = [*floats.parameters.values(), *extra]
         layer.__signature__ = floats.replace(parameters=parameters)  # type: ignore[attr-defined]
@@ -46,8 +45,8 @@ class QuantizedInput(nn.Module):
 
     Attributes:
         input_quantizer: quantizes the input.
-        input_is_quantized: the block around the layer has run `input_quantizer` already, because the same tensor
-            feeds other layers too; the layer then leaves its input alone.
+        input_is_quantized: the block around the layer has run `input_quantizer` already, because
+            the same tensor feeds other layers too; the layer then leaves its input alone.
     """
 
     input_quantizer: TensorQuantizer
@@ -71,19 +70,21 @@ class QuantizedInput(nn.Module):
 
     def quantized_input(self, x: Tensor) -> Tensor:
         """Return the input as the layer computes with it."""
-        return x if self.input_is_quantized else self.input_quantizer(x)  # type: ignore[no-any-return]
+        return x if self.input_is_quantized else self.input_quantizer(x)
 
 
 class QuantizedWeight(QuantizedInput):
     r"""A layer whose input and weight are quantized.
 
-    With a batch norm behind it (`batch_norm`) the weight quantizer sees the folded weight while the batch norm stays
-    where it is: the layer computes with ``Q(w * s) / s``, ``s = gamma / sqrt(running_var + eps)`` without gradient.
-    Where each channel has its own symmetric scale, s cancels (``Q(w * s) / s == Q(w)``) and is never computed.
+    With a batch norm behind it (`batch_norm`) the weight quantizer sees the folded weight while the
+    batch norm stays where it is: the layer computes with ``Q(w * s) / s``, ``s = gamma /
+    sqrt(running_var + eps)`` without gradient. Where each channel has its own symmetric scale, s
+    cancels (``Q(w * s) / s == Q(w)``) and is never computed.
 
     Attributes:
         weight_quantizer: quantizes the weight.
-        default_axis: axis of the output channels in the weight if it is quantized per channel, else ``None``.
+        default_axis: axis of the output channels in the weight if it is quantized per channel, else
+            ``None``.
     """
 
     weight: Tensor
@@ -171,7 +172,8 @@ class QuantizedWeight(QuantizedInput):
 def swap(module: nn.Module) -> None:
     """Turn a float layer into its quantized class in place: same object, parameters, hooks and keys.
 
-    The caller attaches the quantizers. Only exact float classes have a quantized one: a subclass has its own forward.
+    The caller attaches the quantizers. Only exact float classes have a quantized one: a subclass
+    has its own forward.
     """
     module.__class__ = QUANTIZED[type(module)]
 

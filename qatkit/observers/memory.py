@@ -30,7 +30,9 @@ from qatkit.observers.observer import Array, Range, Remember
 from qatkit.spec import QuantSpec
 
 
-def update(rule: Remember, state: tuple[Tensor, Tensor, Tensor], new: Range, spec: QuantSpec) -> None:
+def update(
+    rule: Remember, state: tuple[Tensor, Tensor, Tensor], new: Range, spec: QuantSpec
+) -> None:
     """Let a new range join the remembered one, in place; the count goes up by one.
 
     Eager on the CPU the few numbers are worked on in NumPy, whose calls cost a third.

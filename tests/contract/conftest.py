@@ -3,16 +3,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import qatkit
-from tests.contract.zoo import MODELS, Float, build
+from tests.contract.zoo import LARGE, MODELS, Float, build, run, train_step
 
 
-@dataclass(frozen=True)
+@dataclass
 class Prepared:
     """A float model and the same one prepared and calibrated; tests copy before they change."""
 
@@ -22,6 +23,22 @@ class Prepared:
 
     def copy(self) -> nn.Module:
         return copy.deepcopy(self.model)
+
+    @cached_property
+    def expected(self) -> list[Tensor]:
+        """What the float model returns in eval mode."""
+        return run(self.float, self.float.model)
+
+    @cached_property
+    def outputs(self) -> list[Tensor]:
+        """What the prepared model returns in eval mode."""
+        return run(self.float, self.model)
+
+    @cached_property
+    def trained(self) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        """Loss, gradients and state of the prepared model after one seeded training step."""
+        model = self.copy()
+        return *train_step(self.float, model), model.state_dict()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -44,7 +61,15 @@ def case(request: pytest.FixtureRequest) -> Prepared:
 
 
 @pytest.fixture
-def classifier(case: Prepared) -> Prepared:
-    if case.float.is_detector:
-        pytest.skip("detection: the targets make data-dependent shapes")
+def light(case: Prepared) -> Prepared:
+    """For what costs many steps and shows nothing new on a big transformer."""
+    if case.float.name == LARGE:
+        pytest.skip(f"{LARGE} takes long")
     return case
+
+
+@pytest.fixture
+def classifier(light: Prepared) -> Prepared:
+    if light.float.is_detector:
+        pytest.skip("detection: data-dependent shapes do not compile as one graph")
+    return light

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import socket
 
 import pytest
@@ -18,42 +17,38 @@ def compiled(model, backend):
     return torch.compile(model, fullgraph=True, backend=backend)
 
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
-def test_compiles_in_eval(classifier, backend):
+def test_compiles_in_eval(classifier):
     case = classifier.float
     model = classifier.copy().eval()
     with torch.no_grad():
-        expected = model(*case.args)
-        found = compiled(model, backend)(*case.args)
-    for a, b in zip(tensors_of(found), tensors_of(expected), strict=True):
+        found = compiled(model, "eager")(*case.args)
+    for a, b in zip(tensors_of(found), classifier.outputs, strict=True):
         assert (a - b).abs().max() <= 1e-5 * b.abs().max()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_compiles_in_training(classifier, backend):
+def test_compiles_in_training(classifier):
     case = classifier.float
-    expected = classifier.copy()
-    loss, gradients = train_step(case, expected)
+    loss, gradients, _ = classifier.trained
     model = classifier.copy()
-    with torch.random.fork_rng():
-        found, others = train_step(case, compiled(model, backend))
+    found, others = train_step(case, compiled(model, "aot_eager"))
     assert torch.isfinite(found)
-    others = {name.removeprefix("_orig_mod."): grad for name, grad in others.items()}
-    assert others.keys() == gradients.keys()
-    if backend == "eager" or not _is_random(model):
+    assert {name.removeprefix("_orig_mod.") for name in others} == gradients.keys()
+    if not _is_random(model):
         torch.testing.assert_close(found, loss, rtol=1e-4, atol=1e-5)
-    moved = [
-        path for path, q in quantizers(model) if not q.num_batches > classifier.model.get_submodule(path).num_batches
-    ]
-    assert moved == []
+    counts = {path: q.num_batches for path, q in quantizers(classifier.model)}
+    assert [path for path, q in quantizers(model) if not q.num_batches > counts[path]] == []
 
 
 def _is_random(model):
-    return any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
+    """Tell whether random numbers, which compiled graphs draw in another order, have a part in a step."""
+    return any(
+        type(m).__name__ in ("Dropout", "StochasticDepth") and m.p > 0 for m in model.modules()
+    )
 
 
-def test_bf16_autocast_step(case):
+def test_bf16_autocast_step(light):
+    case = light
     model = case.copy()
     model.train()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -115,7 +110,8 @@ def test_two_ranks_hold_equal_ranges(tmp_path):
     assert not torch.equal(first["stem.1.running_var"], second["stem.1.running_var"])
 
 
-def test_a_step_with_frozen_ranges_and_batch_norms_changes_no_buffer(case):
+def test_a_step_with_frozen_ranges_and_batch_norms_changes_no_buffer(light):
+    case = light
     model = case.copy()
     qatkit.freeze_ranges(model).apply()
     qatkit.freeze_batch_norm(model).apply()
@@ -123,4 +119,3 @@ def test_a_step_with_frozen_ranges_and_batch_norms_changes_no_buffer(case):
     train_step(case.float, model)
     after = dict(model.named_buffers())
     assert [name for name in before if not torch.equal(before[name], after[name])] == []
-    assert copy.deepcopy(model).training

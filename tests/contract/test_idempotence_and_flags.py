@@ -34,7 +34,9 @@ def test_prepare_twice_is_once(case):
     assert qatkit.plan(model, case.float.inputs) is plan
     again = dict(model.named_modules(remove_duplicate=False))
     assert again.keys() == modules.keys()
-    assert all(again[path] is module and type(module) is classes[path] for path, module in modules.items())
+    assert all(
+        again[path] is module and type(module) is classes[path] for path, module in modules.items()
+    )
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
@@ -85,7 +87,9 @@ def test_calls_keep_flags_switches_and_the_rest(case):
     assert flags_of(model) == flags
     assert switches(model) == switched
     after = model.state_dict()
-    assert [key for key in state if key not in ranges and not torch.equal(after[key], state[key])] == []
+    assert [
+        key for key in state if key not in ranges and not torch.equal(after[key], state[key])
+    ] == []
 
 
 def test_contexts_restore_each_quantizer_also_after_an_exception(case):
@@ -94,7 +98,11 @@ def test_contexts_restore_each_quantizer_also_after_an_exception(case):
     qatkit.disable_quantization(model, first).apply()
     model.get_submodule(last).observe = "never"
     before = switches(model)
-    with pytest.raises(ZeroDivisionError), qatkit.enable_quantization(model), qatkit.freeze_ranges(model):
+    with (
+        pytest.raises(ZeroDivisionError),
+        qatkit.enable_quantization(model),
+        qatkit.freeze_ranges(model),
+    ):
         assert all(quantize and observe == "never" for _, quantize, observe in switches(model))
         with qatkit.disable_quantization(model):
             assert not any(quantize for _, quantize, _ in switches(model))

@@ -23,6 +23,7 @@ CLASSIFIERS = (
     "vit_b_16",
 )
 DETECTOR = "ssdlite320_mobilenet_v3_large"
+LARGE = "vit_b_16"
 MODELS = (*CLASSIFIERS, DETECTOR)
 
 
@@ -61,8 +62,7 @@ def build(name: str) -> Float:
         return Float(name, model.eval(), inputs, targets)
     more = {"init_weights": False} if name == "googlenet" else {}
     model = models.get_model(name, weights=None, **more)
-    size = 224 if name.startswith("vit") else 64
-    x = torch.randn(2, 3, size, size)
+    x = torch.randn(1, 3, 224, 224) if name == LARGE else torch.randn(2, 3, 64, 64)
     settle(model, x)
     return Float(name, model.eval(), x)
 

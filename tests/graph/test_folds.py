@@ -17,7 +17,9 @@ def folds(model, inputs=X):
 
 
 def test_conv_and_batch_norm():
-    model = nn.Sequential(conv(3), nn.BatchNorm2d(8), nn.ReLU(), conv(), nn.ReLU(), nn.BatchNorm2d(8))
+    model = nn.Sequential(
+        conv(3), nn.BatchNorm2d(8), nn.ReLU(), conv(), nn.ReLU(), nn.BatchNorm2d(8)
+    )
     assert folds(model) == {"0": "1", "3": None}
 
 
@@ -50,7 +52,10 @@ def test_linear_in_three_dimensions_whose_sizes_agree_is_not_folded():
 
 def test_without_statistics_or_affine():
     model = nn.Sequential(
-        conv(3), nn.BatchNorm2d(8, track_running_stats=False), conv(), nn.BatchNorm2d(8, affine=False)
+        conv(3),
+        nn.BatchNorm2d(8, track_running_stats=False),
+        conv(),
+        nn.BatchNorm2d(8, affine=False),
     )
     assert folds(model) == {"0": None, "2": "3"}
     prepared(model)

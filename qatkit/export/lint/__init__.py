@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qatkit.backend import Backend, get_backend
-from qatkit.export.lint.attention_rules import ATTENTION_RULES
 from qatkit.export.lint.finding import (
     LEVELS,
     Finding,
@@ -15,34 +15,15 @@ from qatkit.export.lint.finding import (
     format_findings,
     sort_findings,
 )
-from qatkit.export.lint.fusion_rules import FUSION_RULES
 from qatkit.export.lint.graph_view import GraphView, open_view
-from qatkit.export.lint.layout_rules import LAYOUT_RULES
 from qatkit.export.lint.loading import load_for_lint
-from qatkit.export.lint.operand_rules import OPERAND_RULES
-from qatkit.export.lint.parse_rules import PARSE_RULES
-from qatkit.export.lint.residual_rules import RESIDUAL_RULES
 from qatkit.export.lint.rule import Rule
-from qatkit.export.lint.size_rules import SIZE_RULES
-from qatkit.export.lint.weight_rules import WEIGHT_RULES
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-RULES: tuple[Rule, ...] = (
-    *PARSE_RULES,
-    *OPERAND_RULES,
-    *WEIGHT_RULES,
-    *FUSION_RULES,
-    *RESIDUAL_RULES,
-    *LAYOUT_RULES,
-    *ATTENTION_RULES,
-    *SIZE_RULES,
-)
-
 __all__ = [
     "LEVELS",
-    "RULES",
     "Finding",
     "GraphView",
     "Rule",
@@ -51,13 +32,36 @@ __all__ = [
     "format_findings",
     "lint_onnx",
     "open_view",
+    "rules",
     "sort_findings",
 ]
 
 
-def lint_onnx(
-    path: str | Path | ModelProto, backend: str | Backend = "tensorrt"
-) -> list[Finding]:
+@functools.cache
+def rules() -> tuple[Rule, ...]:
+    """Return every rule; the files that hold them are read at the first use."""
+    from qatkit.export.lint.attention_rules import ATTENTION_RULES
+    from qatkit.export.lint.fusion_rules import FUSION_RULES
+    from qatkit.export.lint.layout_rules import LAYOUT_RULES
+    from qatkit.export.lint.operand_rules import OPERAND_RULES
+    from qatkit.export.lint.parse_rules import PARSE_RULES
+    from qatkit.export.lint.residual_rules import RESIDUAL_RULES
+    from qatkit.export.lint.size_rules import SIZE_RULES
+    from qatkit.export.lint.weight_rules import WEIGHT_RULES
+
+    return (
+        *PARSE_RULES,
+        *OPERAND_RULES,
+        *WEIGHT_RULES,
+        *FUSION_RULES,
+        *RESIDUAL_RULES,
+        *LAYOUT_RULES,
+        *ATTENTION_RULES,
+        *SIZE_RULES,
+    )
+
+
+def lint_onnx(path: str | Path | ModelProto, backend: str | Backend = "tensorrt") -> list[Finding]:
     """Check a QDQ ONNX file against the rules of an inference engine.
 
     Graphs inside If, Loop and Scan are checked too, local functions after inlining. Weights in
@@ -82,5 +86,5 @@ def lint_onnx(
     model, base_dir = load_for_lint(path)
     view = open_view(model, base_dir)
     return sort_findings(
-        finding for rule in RULES for one in view.walk() for finding in rule.run(one, rules_of)
+        finding for rule in rules() for one in view.walk() for finding in rule.run(one, rules_of)
     )
