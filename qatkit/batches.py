@@ -130,7 +130,7 @@ def _parameters(model: nn.Module) -> list[inspect.Parameter]:
     try:
         if own is not None:
             return list(inspect.signature(own).parameters.values())
-        forward = float_class(type(model)).forward  # type: ignore[attr-defined]
+        forward = float_class(type(model)).forward
         return list(inspect.signature(forward).parameters.values())[1:]
     except (TypeError, ValueError):
         return []

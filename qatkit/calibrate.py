@@ -165,7 +165,7 @@ def _with_progress(data: Iterable[Any], limit: int | None, progress: bool) -> It
     if not progress:
         return chosen
     try:
-        from tqdm import tqdm  # type: ignore[import-untyped]
+        from tqdm import tqdm
     except ImportError:
         return chosen
     lengths = [length for length in (limit, _length(data)) if length is not None]
@@ -180,9 +180,9 @@ def _with_progress(data: Iterable[Any], limit: int | None, progress: bool) -> It
     return bar
 
 
-def _length(data: Iterable[Any]) -> int | None:
+def _length(data: Any) -> int | None:
     try:
-        return len(data)  # type: ignore[arg-type]
+        return len(data)
     except (TypeError, NotImplementedError):
         return None
 

@@ -36,7 +36,7 @@ def plan(model: nn.Module, example_inputs: Any, config: QuantConfig | str | None
 
     >>> import torch
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10))
-    >>> print(plan(net, torch.zeros(1, 3, 8, 8)))  # doctest: +ELLIPSIS
+    >>> print(plan(net, torch.zeros(1, 3, 8, 8)))
     2 layers, 2 weight and 2 activation quantizers, 0 rewritten blocks, ... 0 left in float
     <BLANKLINE>
     quantizer           bits  observer        why

@@ -251,7 +251,7 @@ class TensorQuantizer(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Load the buffers; a checkpoint of the float model has none of them and will do."""
+        """Load the buffers; a checkpoint of the float model lacks them and is complete too."""
         if not any(prefix + name in state_dict for name in self._buffers):
             return
         super()._load_from_state_dict(

@@ -29,8 +29,7 @@ def input_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     """
     if len(args) == 1 and not kwargs:
         return {"input": args[0]}
-    forward: Any = float_class(type(model)).forward  # type: ignore[attr-defined]
-    parameters = list(inspect.signature(forward).parameters)[1:]
+    parameters = list(inspect.signature(float_class(type(model)).forward).parameters)[1:]
     named = dict(zip(parameters, args, strict=False)) | kwargs
     return {name: value for name, value in named.items() if isinstance(value, Tensor)}
 

@@ -1,4 +1,7 @@
-"""A copy of a prepared model that the ONNX exporter can read: folded weights, and a marker for each quantizer."""
+"""A copy of a prepared model that the ONNX exporter can read.
+
+Its weights are folded, and a marker stands for each quantizer.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,8 @@ class Uncalibrated(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Refuse."""
         raise QatkitError(
-            f"{self.name}: has no range; run qatkit.calibrate(model, data), or train, before exporting"
+            f"{self.name}: has no range; "
+            "run qatkit.calibrate(model, data), or train, before exporting"
         )
 
 
@@ -109,12 +113,13 @@ def _check_grid(quantizer: TensorQuantizer) -> None:
     spec = quantizer.spec
     if not spec.symmetric:
         raise QatkitError(
-            f"{quantizer.name}: has a zero point, which TensorRT refuses (P2); use QuantSpec(symmetric=True)"
+            f"{quantizer.name}: has a zero point, which TensorRT refuses (P2); "
+            "use QuantSpec(symmetric=True)"
         )
     if spec.quant_max > 127:
         raise QatkitError(
-            f"{quantizer.name}: codes up to {spec.quant_max} do not fit int8, and opset 13..20 has no wider "
-            "signed Q/DQ; use num_bits=8 and signed=True"
+            f"{quantizer.name}: codes up to {spec.quant_max} do not fit int8, "
+            "and opset 13..20 has no wider signed Q/DQ; use num_bits=8 and signed=True"
         )
 
 

@@ -1,4 +1,4 @@
-"""One operator, ``qatkit::fake_quantize``, marks every quantizer on its way through the ONNX exporter.
+"""One operator, ``qatkit::fake_quantize``, takes every quantizer through the ONNX exporter.
 
 The exporters' own fake-quantize conversions refuse narrow grids, and functions with a ``symbolic``
 are lost silently in the newer exporter; an operator of our own survives both as one node, which
@@ -49,20 +49,23 @@ class Marker(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Fake-quantize ``x`` by the marking operator."""
-        return marking_operator()(x, self.step, *self.grid, self.axis, self.name)  # type: ignore[no-any-return]
+        marked: Tensor = marking_operator()(x, self.step, *self.grid, self.axis, self.name)
+        return marked
 
 
 @functools.cache
 def marking_operator() -> Callable[..., Any]:
     """Return the operator; it is registered with PyTorch at the first use."""
-    library = torch.library.Library("qatkit", "DEF")
+    library: Any = torch.library.Library("qatkit", "DEF")  # type: ignore[no-untyped-call]
     library.define(
-        "fake_quantize(Tensor x, Tensor scale, int quant_min, int quant_max, int axis, str name) -> Tensor"
+        "fake_quantize(Tensor x, Tensor scale, int quant_min, int quant_max, int axis, str name)"
+        " -> Tensor"
     )
     library.impl("fake_quantize", _compute, "CompositeExplicitAutograd")
     operator: Any = torch.ops.qatkit.fake_quantize
     operator.library = library
-    return operator  # type: ignore[no-any-return]
+    function: Callable[..., Any] = operator
+    return function
 
 
 def _compute(
@@ -90,28 +93,26 @@ def exportable(opset: int) -> Iterator[None]:
         try:
             torch.backends.mha.set_fastpath_enabled(False)
             for name, symbol in symbols:
-                torch.onnx.register_custom_op_symbolic(name, symbol, opset)
+                torch.onnx.register_custom_op_symbolic(name, symbol, opset)  # type: ignore[attr-defined]
                 registered.append(name)
             yield
         finally:
             torch.backends.mha.set_fastpath_enabled(fast_path)
             for name in registered:
-                torch.onnx.unregister_custom_op_symbolic(name, opset)
+                torch.onnx.unregister_custom_op_symbolic(name, opset)  # type: ignore[attr-defined]
 
 
 def _marker_symbol(
     g: Any, x: Any, scale: Any, quant_min: Any, quant_max: Any, axis: Any, name: Any
 ) -> Any:
-    from torch.onnx.symbolic_helper import _get_const
-
     node = g.op(
         f"{DOMAIN}::{OPERATOR}",
         x,
         scale,
-        quant_min_i=_get_const(quant_min, "i", "quant_min"),
-        quant_max_i=_get_const(quant_max, "i", "quant_max"),
-        axis_i=_get_const(axis, "i", "axis"),
-        name_s=_get_const(name, "s", "name"),
+        quant_min_i=_constant(quant_min, "i", "quant_min"),
+        quant_max_i=_constant(quant_max, "i", "quant_max"),
+        axis_i=_constant(axis, "i", "axis"),
+        name_s=_constant(name, "s", "name"),
     )
     node.setType(x.type())
     return node
@@ -129,9 +130,9 @@ def _attention_symbol(
     grouped: Any = False,
 ) -> Any:
     r"""Write ``softmax(scale * Q K^T + mask) V`` with operators of opset 13."""
-    from torch.onnx.symbolic_helper import _get_const, _get_tensor_rank, _is_none
+    from torch.onnx.symbolic_helper import _get_tensor_rank, _is_none
 
-    if _get_const(causal, "b", "is_causal") or _get_const(grouped, "b", "enable_gqa"):
+    if _constant(causal, "b", "is_causal") or _constant(grouped, "b", "enable_gqa"):
         raise torch.onnx.errors.UnsupportedOperatorError(
             "aten::scaled_dot_product_attention (causal or grouped)", 13, _FIRST_SDPA_OPSET
         )
@@ -140,7 +141,7 @@ def _attention_symbol(
         length = g.op("Cast", g.op("Gather", g.op("Shape", query), last), to_i=1)
         factor = g.op("Reciprocal", g.op("Sqrt", length))
     else:
-        factor = g.op("Constant", value_t=torch.tensor(_get_const(scale, "f", "scale")))
+        factor = g.op("Constant", value_t=torch.tensor(_constant(scale, "f", "scale")))
     rank = _get_tensor_rank(query) or 4
     swapped = [*range(rank - 2), rank - 1, rank - 2]
     scores = g.op("MatMul", g.op("Mul", query, factor), g.op("Transpose", key, perm_i=swapped))
@@ -151,3 +152,10 @@ def _attention_symbol(
             mask = g.op("Where", mask, zero, low)
         scores = g.op("Add", scores, mask)
     return g.op("MatMul", g.op("Softmax", scores, axis_i=-1), value)
+
+
+def _constant(value: Any, kind: str, name: str) -> Any:
+    """Return the Python value of a constant argument ``name``, an ``i``, ``f``, ``b`` or ``s``."""
+    from torch.onnx.symbolic_helper import _get_const
+
+    return _get_const(value, kind, name)  # type: ignore[no-untyped-call]

@@ -47,8 +47,8 @@ def insert_qdq(model: ModelProto, *, int8_weights: bool) -> None:
     for node in _all_nodes(model.graph):
         if node.domain == DOMAIN:
             raise QatkitError(
-                f"{_attributes(node)['name']}: is inside an If or Loop, where Q and DQ cannot be placed; "
-                "disable it by a Rule(enabled=False)"
+                f"{_attributes(node)['name']}: is inside an If or Loop, "
+                "where Q and DQ cannot be placed; disable it by a Rule(enabled=False)"
             )
     for i in reversed(range(len(model.opset_import))):
         if model.opset_import[i].domain == DOMAIN:
@@ -176,7 +176,7 @@ class _Pass:
         from onnx import helper
 
         output = f"{base}/{kind}_output"
-        settings = {} if kind == "Clip" else {"axis": 1 if axis is None else axis}
+        settings: dict[str, Any] = {} if kind == "Clip" else {"axis": 1 if axis is None else axis}
         self._nodes.append(helper.make_node(kind, inputs, [output], f"{base}/{kind}", **settings))
         return output
 

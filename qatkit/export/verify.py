@@ -83,15 +83,17 @@ class VerifyReport:
 
     @property
     def ok(self) -> bool:
-        """At most 1 integer in 100,000 differs, by one step: what different orders of summation explain."""
+        """At most 1 integer in 100,000 differs, by one step: so much the order of sums explains."""
         return self.differing <= self.codes * MAX_SHARE and self.largest_step <= MAX_STEP
 
     def __str__(self) -> str:
         """Return the verdict and the worst quantizers."""
         verdict = "verified" if self.ok else "NOT VERIFIED"
         lines = [
-            f"{verdict}: {self.differing} of {self.codes} codes differ, by at most {self.largest_step} step; "
-            f"outputs differ by at most {self.max_difference:.3g} (relative {self.relative_difference:.2g}), "
+            f"{verdict}: {self.differing} of {self.codes} codes differ, "
+            f"by at most {self.largest_step} step; "
+            f"outputs differ by at most {self.max_difference:.3g} "
+            f"(relative {self.relative_difference:.2g}), "
             f"top-1 equal for {100 * self.top1_agreement:.2f} %"
         ]
         if not self.ok:
@@ -113,11 +115,11 @@ class _Seen:
 
 
 def verify_onnx(path: str | os.PathLike[str], model: nn.Module, inputs: Any) -> VerifyReport:
-    """Compare a file written by `export_onnx` with the model, in ONNX Runtime without graph optimizations.
+    """Compare a file written by `export_onnx` with the model, in ONNX Runtime.
 
-    Each quantizer is compared by itself: ONNX Runtime gets the model's own quantized tensors as the
-    inputs of every layer (teacher forcing), so that one rounding does not spread. Then both run end
-    to end.
+    Graph optimizations are off. Each quantizer is compared by itself: ONNX Runtime gets the model's
+    own quantized tensors as the inputs of every layer (teacher forcing), so that one rounding does
+    not spread. Then both run end to end.
 
     Args:
         path: the file.
@@ -188,7 +190,8 @@ def _activations(
         index = int(number or 0)
         if index >= len(calls):
             raise QatkitError(
-                f"{path}: its quantizer {name!r} is not in the model; verify with the model it was exported from"
+                f"{path}: its quantizer {name!r} is not in the model; "
+                "verify with the model it was exported from"
             )
         pairs.append((node, readers[node.output[0]], calls[index]))
     forced = copy.deepcopy(proto)
@@ -306,7 +309,8 @@ def _feeds(proto: ModelProto, given: list[Tensor], path: Any) -> dict[str, Array
     names = [value.name for value in proto.graph.input if value.name not in constants]
     if len(names) != len(given):
         raise QatkitError(
-            f"{path}: takes {len(names)} tensors and inputs hold {len(given)}; give the inputs it was exported with"
+            f"{path}: takes {len(names)} tensors and inputs hold {len(given)}; "
+            "give the inputs it was exported with"
         )
     return {name: tensor.numpy() for name, tensor in zip(names, given, strict=True)}
 
@@ -327,6 +331,6 @@ def _run(proto: ModelProto, feeds: dict[str, Array], path: Any) -> list[Array]:
         return list(session.run(None, feeds))
     except Exception as error:
         raise QatkitError(
-            f"{path}: does not run in ONNX Runtime ({shorten(str(error), 200)}); run export_onnx(verify=False) "
-            "and inspect the file"
+            f"{path}: does not run in ONNX Runtime ({shorten(str(error), 200)}); "
+            "run export_onnx(verify=False) and inspect the file"
         ) from None

@@ -95,10 +95,11 @@ def _fold_float(layer: QuantizedWeight, norm: nn.Module | None) -> tuple[Tensor,
 
 
 def _factor_and_bias(layer: QuantizedWeight, norm: Any) -> tuple[Tensor, Tensor]:
-    """Return what the norm multiplies each output channel with, and the bias of both together: (C_out,) float32.
+    """Return the factor of the norm for each output channel and the bias of layer and norm.
 
-    The bias is what the norm itself makes of the layer's bias, bit for bit: a channel whose inputs
-    are all zero is constant in the model and in the file, and must round to the same code in both.
+    Both are (C_out,) float32. The bias is what the norm itself makes of the layer's bias, bit for
+    bit: a channel whose inputs are all zero is constant in the model and in the file, and must
+    round to the same code in both.
     """
     mean = norm.running_mean.float()
     ones = torch.ones_like(mean)

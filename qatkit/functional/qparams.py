@@ -81,7 +81,8 @@ def _symmetric_scale(low: _Array, high: _Array, spec: QuantSpec) -> _Array:
         )
         scale = amax / np.float32(spec.quant_max)
         alive = (scale >= _SMALLEST_SCALE) & (scale <= _LARGEST_SCALE)
-        return np.where(alive, scale, np.float32(1))
+        usable: _Array = np.where(alive, scale, np.float32(1))
+    return usable
 
 
 def _asymmetric(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:

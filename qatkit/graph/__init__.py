@@ -1,1 +1,1 @@
-"""Look at a model (capture), decide where quantizers go (placement), and put them there (rewrite)."""
+"""Look at a model (capture), decide where quantizers go (placement), put them there (rewrite)."""

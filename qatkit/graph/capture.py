@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,7 +97,10 @@ class Capture:
 
 
 def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the ``(args, kwargs)`` of a model call: a tuple is ``*args``, a dict ``**kwargs``, else one argument."""
+    """Return the ``(args, kwargs)`` of a model call.
+
+    A tuple is ``*args``, a dict is ``**kwargs``, anything else is one argument.
+    """
     if isinstance(example_inputs, tuple):
         return example_inputs, {}
     if isinstance(example_inputs, dict):
@@ -116,7 +120,8 @@ def shadow(model: nn.Module) -> nn.Module:
     except Exception as error:
         kind = type(model).__name__
         raise QatkitError(
-            f"{kind}: cannot be copied for analysis ({shorten(str(error))}); make copy.deepcopy(model) work"
+            f"{kind}: cannot be copied for analysis ({shorten(str(error))}); "
+            "make copy.deepcopy(model) work"
         ) from None
 
 
@@ -130,7 +135,7 @@ def capture(model: nn.Module, example_inputs: Any) -> Capture:
     args, kwargs = split_inputs(example_inputs)
     recorder = _Recorder(clone)
     try:
-        with torch.no_grad(), recorder:
+        with torch.no_grad(), _own_random_numbers(model), recorder:
             outputs = clone(*args, **kwargs)
     except QatkitError:
         raise
@@ -138,12 +143,19 @@ def capture(model: nn.Module, example_inputs: Any) -> Capture:
         kind = type(model).__name__
         raise QatkitError(
             f"{kind}: does not run on example_inputs ({shorten(str(error))}); "
-            "pass a tensor, a tuple of positional arguments or a dict of keyword arguments that model(...) accepts"
+            "pass a tensor, a tuple of positional arguments or a dict of keyword arguments "
+            "that model(...) accepts"
         ) from None
     finally:
         recorder.remove_hooks()
     operators = tuple(call for call in recorder.calls if call.kind != "Block")
     return Capture(recorder.root, operators, outputs, clone)
+
+
+def _own_random_numbers(model: nn.Module) -> AbstractContextManager[None]:
+    """Give back the states of the random generators that the model can draw from."""
+    tensors = (*model.parameters(), *model.buffers())
+    return torch.random.fork_rng({t.device for t in tensors if t.device.type == "cuda"})
 
 
 class _Recorder(TorchFunctionMode):
@@ -193,7 +205,7 @@ class _Recorder(TorchFunctionMode):
         return result
 
     def _as_new(self, result: Any, given: set[int]) -> Any:
-        """Give a tensor that was handed through a new identity, so that it can be told from the input."""
+        """Give a tensor that was handed through a new identity, to tell it from the input."""
         self._leaf_depth += 1
         try:
             return _map_tensors(result, lambda t: t.view_as(t) if id(t) in given else t)
@@ -260,7 +272,7 @@ class _Recorder(TorchFunctionMode):
         call.outputs = _map_tensors(result, self._value)
 
     def _value(self, tensor: Tensor) -> Value:
-        """Return the value that ``tensor`` holds now; one never seen before is an input or a constant."""
+        """Return the value that ``tensor`` holds now; a new one is an input or a constant."""
         if id(tensor) not in self._values:
             constant = id(tensor) in self._constants
             self._keep.append(tensor)
@@ -269,7 +281,7 @@ class _Recorder(TorchFunctionMode):
 
 
 def _map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
-    """Return ``value`` with each tensor in its tuples, lists, dicts and dataclasses changed; the rest stays."""
+    """Return ``value`` with each tensor in tuples, lists, dicts and dataclasses changed."""
     if isinstance(value, Tensor):
         return change(value)
     if type(value) in (tuple, list):
@@ -285,8 +297,8 @@ def _map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
         make = getattr(type(value), "_make", type(value))
         return make(_map_tensors(item, change) for item in value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        copied = copy.copy(value)
+        twin: Any = copy.copy(value)
         for key, item in vars(value).items():
-            copied.__dict__[key] = _map_tensors(item, change)
-        return copied
+            twin.__dict__[key] = _map_tensors(item, change)
+        return twin
     return value

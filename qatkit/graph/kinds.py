@@ -11,35 +11,48 @@ from typing import Any
 from torch import nn
 
 _COPIES = {
-    "Reshape": "reshape view view_as reshape_as unflatten pixel_shuffle pixel_unshuffle channel_shuffle",
+    "Reshape": (
+        "reshape view view_as reshape_as unflatten pixel_shuffle pixel_unshuffle channel_shuffle"
+    ),
     "Transpose": "transpose permute swapaxes swapdims movedim t T mT moveaxis",
     "Flatten": "flatten ravel",
     "Squeeze": "squeeze",
     "Unsqueeze": "unsqueeze",
-    "Slice": "narrow getitem select unbind",
+    "Slice": "narrow getitem select unbind flip roll",
     "Split": "chunk split tensor_split split_with_sizes",
     "Gather": "index_select gather",
-    "Concat": "cat concat concatenate",
-    "Expand": "expand expand_as",
-    "MaxPool": "max_pool1d max_pool2d max_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d "
-    "max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices",
-    "Identity": "contiguous clone detach alias dropout dropout1d dropout2d dropout3d alpha_dropout "
-    "feature_alpha_dropout stochastic_depth identity",
+    "Concat": "cat concat concatenate stack hstack vstack",
+    "Expand": "expand expand_as repeat tile repeat_interleave",
+    "MaxPool": (
+        "max_pool1d max_pool2d max_pool3d "
+        "adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d "
+        "max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices"
+    ),
+    "Identity": (
+        "contiguous clone detach alias identity "
+        "dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout stochastic_depth"
+    ),
 }
 _COMPUTES = {
     "Conv": "conv1d conv2d conv3d",
     "ConvTranspose": "conv_transpose1d conv_transpose2d conv_transpose3d",
     "Gemm": "linear",
     "MatMul": "matmul bmm mm baddbmm addmm",
-    "BatchNormalization": "batch_norm batch_norm1d batch_norm2d batch_norm3d sync_batch_norm "
-    "frozen_batch_norm2d",
+    "BatchNormalization": (
+        "batch_norm batch_norm1d batch_norm2d batch_norm3d sync_batch_norm frozen_batch_norm2d"
+    ),
     "LayerNormalization": "layer_norm",
     "Add": "add",
     "Mul": "mul multiply",
-    "AveragePool": "avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d",
+    "AveragePool": (
+        "avg_pool1d avg_pool2d avg_pool3d "
+        "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d"
+    ),
     "ReduceMean": "mean",
-    "Activation": "relu relu6 hardtanh leaky_relu elu selu celu gelu silu mish sigmoid hardsigmoid hardswish "
-    "tanh prelu rrelu softplus logsigmoid softsign hardshrink threshold glu",
+    "Activation": (
+        "relu relu6 leaky_relu prelu rrelu elu selu celu gelu silu mish glu threshold hardshrink "
+        "sigmoid hardsigmoid logsigmoid hardswish tanh hardtanh softplus softsign"
+    ),
     "Attention": "multihead_attention scaled_dot_product_attention",
 }
 
@@ -131,7 +144,7 @@ def module_name(module: nn.Module) -> str:
 
 
 def is_leaf(module: nn.Module) -> bool:
-    """Tell whether a module is one operator: a layer of ``torch.nn`` without children, or one of a few others."""
+    """Tell whether a module is one operator: a childless layer of ``torch.nn`` or a known one."""
     kind = type(module)
     if kind.__name__ in ("FrozenBatchNorm2d", "MultiheadAttention"):
         return True

@@ -1,7 +1,8 @@
-"""The forward of one block as a graph: its child modules are opaque, only its own functional operations show.
+"""The forward of one block as a graph of its child modules and its own operations.
 
-``torch.fx`` traces the block alone, on a stand-in object, so that tracing can damage nothing; the
-nodes of the graph are then matched, in order, with what a `Capture` saw happen inside the block.
+The child modules are opaque. ``torch.fx`` traces the block alone, on a stand-in object, so that
+tracing can damage nothing; the nodes of the graph are then matched, in order, with what a `Capture`
+saw happen inside the block.
 """
 
 from __future__ import annotations
@@ -77,7 +78,10 @@ def trace_level(block: nn.Module, template: Template, *, training: bool) -> fx.G
 
 
 def signature(graph: fx.Graph) -> tuple[str, ...]:
-    """Return what a graph does, node by node, without the constants: ``op target <- indices of the inputs``."""
+    """Return what a graph does, one line for each node, without the constants.
+
+    A line is ``op target <- indices of the inputs``.
+    """
     index = {node: i for i, node in enumerate(graph.nodes)}
     lines = []
     for node in graph.nodes:
@@ -100,8 +104,8 @@ def match(block: nn.Module, call: Call) -> Level:
     return _Matcher(graph, call).run()
 
 
-def float_class(kind: type) -> type:
-    """Return the class whose forward a block has: ``kind`` itself unless it was rewritten before."""
+def float_class(kind: type[nn.Module]) -> type[nn.Module]:
+    """Return the class whose forward a block has: ``kind`` itself unless it was rewritten."""
     return getattr(kind, "float_class", kind)
 
 
@@ -136,6 +140,8 @@ class _Matcher:
         while self._pending:
             call = self._pending.pop(0)
             if call.module is not None and call.name == path:
+                if not self._reads(node, call):
+                    raise LevelError(f"its module {node.target!r} reads what was written in place")
                 return call
             if not _constant(call):
                 break
@@ -143,26 +149,30 @@ class _Matcher:
 
     def _function(self, node: fx.Node) -> None:
         name = function_name(node.target)
-        source = node.args[0] if node.args else None
-        if name == "getitem" and isinstance(self._values.get(source), tuple | list | dict):  # type: ignore[arg-type]
-            self._values[node] = self._values[source][node.args[1]]  # type: ignore[index]
+        source: Any = node.args[0] if node.args else None
+        if name == "getitem" and isinstance(self._values.get(source), tuple | list | dict):
+            self._values[node] = self._values[source][node.args[1]]
             return
-        skipped = 0
-        for call in self._pending:
+        for skipped, call in enumerate(self._pending):
             if call.module is None and call.name == name and self._reads(node, call):
-                del self._pending[:skipped]
-                self._pending.pop(0)
+                del self._pending[: skipped + 1]
                 self._take(node, call)
                 return
             if not _constant(call):
                 return
-            skipped += 1
 
     def _reads(self, node: fx.Node, call: Call) -> bool:
-        """Tell whether the node reads the values that the call read."""
+        """Tell whether the node reads the values that the call read.
+
+        The graph knows nothing of writing in place (``x += y`` shows as ``x + y``): a node may hold
+        what another name of the same tensor has overwritten since.
+        """
         held = [self._values[arg] for arg in node.all_input_nodes if arg in self._values]
         known = {id(value) for value in flatten(held, Value)[1]}
-        return all(id(value) in known for value in call.inputs if not value.constant)
+        read = {id(value) for value in call.inputs}
+        return known <= read and all(
+            id(value) in known for value in call.inputs if not value.constant
+        )
 
     def _take(self, node: fx.Node, call: Call) -> None:
         self._calls[node] = call
@@ -175,8 +185,28 @@ class _Matcher:
             id(value) for value in expected
         ]:
             raise LevelError("torch.fx and the recorded run disagree about what it returns")
-        if flatten(self._root.outputs, Value)[0] != flatten(returned, Value)[0]:
+        if _form(self._root.outputs) != _form(_plain(returned)):
             raise LevelError("it returns an object that is not a tensor, tuple, list or dict")
+
+
+def _plain(value: Any) -> Any:
+    """Return ``value`` as a compiled graph returns it: no subclass of list or dict outlives it."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return getattr(type(value), "_make", tuple)(_plain(item) for item in value)
+    return [_plain(item) for item in value] if isinstance(value, list) else value
+
+
+def _form(value: Any) -> Any:
+    """Return the nested classes of the containers in ``value``, the keys, and the constants."""
+    if isinstance(value, Value):
+        return Value
+    if isinstance(value, dict):
+        return type(value), *((key, _form(item)) for key, item in value.items())
+    if isinstance(value, tuple | list):
+        return type(value), *(_form(item) for item in value)
+    return value if flatten(value, Value)[0][0] == "const" else type(value)
 
 
 def _constant(call: Call) -> bool:
@@ -184,7 +214,7 @@ def _constant(call: Call) -> bool:
 
 
 def _stand_in(block: nn.Module, training: bool) -> nn.Module:
-    """Return an object with the state of ``block``: own containers, the same children and tensors."""
+    """Return an object with the state of ``block``: own containers, same children and tensors."""
     twin = nn.Module()
     for name, state in block.__dict__.items():
         if name in ("_modules", "_parameters", "_buffers"):
@@ -202,11 +232,11 @@ def _own_copy(state: Any) -> Any:
     return copy.copy(state) if isinstance(state, list | dict | set) else state
 
 
-def _flat_class(kind: type, template: Template) -> type:
+def _flat_class(kind: type[nn.Module], template: Template) -> type[nn.Module]:
     """Return a subclass of ``kind`` whose forward takes the tensors of the call one by one."""
     count = _count_tensors(template)
     names = "".join(f", x{i}" for i in range(count))
-    forward: Callable[..., Any] = kind.forward  # type: ignore[attr-defined]
+    forward: Callable[..., Any] = kind.forward
 
     def call(self: nn.Module, *leaves: Any) -> Any:
         args, kwargs = unflatten(template, iter(leaves))

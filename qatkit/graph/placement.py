@@ -71,7 +71,7 @@ def _layers(reading: Reading, sharing: Sharing, folds: dict[str, str]) -> tuple[
 
 
 def _in_order(reading: Reading, sharing: Sharing) -> tuple[QuantizerPlan, ...]:
-    """Return all quantizers: each tensor's where it is first read, followed by the weights of its readers."""
+    """Return all quantizers: each tensor's where it is first read, then its readers' weights."""
     owned = {path: plan for plan in sharing.quantizers for path in (plan.path, *plan.aliases)}
     ordered: dict[str, QuantizerPlan] = {}
     for reader in reading.readers:

@@ -114,8 +114,10 @@ class Plan:
         """Return two tables: what is quantized, what is not, each line with its reason."""
         weights = sum(q.role == "weight" for q in self.quantizers)
         head = (
-            f"{len(self.layers)} layers, {weights} weight and {len(self.quantizers) - weights} activation quantizers, "
-            f"{len(self.blocks)} rewritten blocks, {len(self.groups)} shared scales, {len(self.skipped)} left in float"
+            f"{len(self.layers)} layers, "
+            f"{weights} weight and {len(self.quantizers) - weights} activation quantizers, "
+            f"{len(self.blocks)} rewritten blocks, {len(self.groups)} shared scales, "
+            f"{len(self.skipped)} left in float"
         )
         rows = [("quantizer", "bits", "observer", "why"), *(_row(q) for q in self.quantizers)]
         lines = [head, "", *table(rows)]

@@ -1,4 +1,7 @@
-"""Which operators read a quantized tensor, and which stay float: the rules of the backend applied to a capture."""
+"""Which operators read a quantized tensor, and which stay float.
+
+The rules of the backend are applied to a recorded run.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from qatkit.config import QuantConfig
 from qatkit.graph.capture import Call, Capture, Value
 from qatkit.graph.plan import Skip
 from qatkit.graph.residual import is_join, place_join
-from qatkit.nn.quantized import swappable
+from qatkit.nn.quantized import QUANTIZED, swappable
 from qatkit.spec import QuantSpec
 
 _NORMS = ("BatchNormalization", "LayerNormalization")
@@ -24,7 +27,7 @@ _OWN_REASON = {
 
 @dataclass(frozen=True, eq=False)
 class Reader:
-    """An operator that reads one tensor (a module called several times: several) through a quantizer.
+    """An operator that reads one tensor through a quantizer, or several if it is called often.
 
     Attributes:
         path: path of the module, or of the block around a function.
@@ -97,10 +100,7 @@ class _Finder:
         for call in self.capture.operators:
             if call.module is None:
                 if call.kind in self.backend.weighted or call.kind == "Attention":
-                    self._skip(
-                        function_path(call),
-                        f"functional {call.name} has no module whose weight to quantize",
-                    )
+                    self._functional(call)
             elif call.name in layers:
                 if call is self.calls[call.name][0]:
                     self._layer(call, first_or_last=call.name in edges)
@@ -153,14 +153,26 @@ class _Finder:
             if weighted and not known:
                 self._skip(path, "example_inputs do not reach it in eval mode")
 
+    def _functional(self, call: Call) -> None:
+        """Say why a weighted function stays float: it is the user's, or a layer's own forward."""
+        owner = call.parent
+        module = None if owner is None else owner.module
+        if owner is not None and module is not None and isinstance(module, tuple(QUANTIZED)):
+            self._own_forward(owner.name, module)
+        else:
+            reason = f"functional {call.name} has no module whose weight to quantize"
+            self._skip(function_path(call), reason)
+
+    def _own_forward(self, path: str, module: nn.Module) -> None:
+        kind = type(module).__name__
+        reason = f"{kind} is not a plain torch.nn layer: its own forward cannot be replaced"
+        self._skip(path, reason)
+
     def _layer(self, call: Call, *, first_or_last: bool) -> None:
         module, path = call.module, call.name
         assert module is not None
         if not swappable(module):
-            kind = type(module).__name__
-            self._skip(
-                path, f"{kind} is not a plain torch.nn layer: its own forward cannot be replaced"
-            )
+            self._own_forward(path, module)
             return
         specs = self._specs(path, module, self.config.first_last_bits if first_or_last else None)
         if specs is None:
@@ -179,7 +191,10 @@ class _Finder:
     def _specs(
         self, path: str, module: nn.Module, bits: int | None
     ) -> tuple[QuantSpec, QuantSpec] | None:
-        """Return the specs of weight and input; ``None`` if a rule disables one, for B1 wants both or neither."""
+        """Return the specs of weight and input, ``None`` if a rule disables one.
+
+        Rule B1 wants both or neither.
+        """
         weight = self.config.spec(f"{path}.weight_quantizer", "weight", bits=bits)
         data = self.config.spec(f"{path}.input_quantizer", "activation", bits=bits)
         if weight is None or data is None:
@@ -213,7 +228,7 @@ class _Finder:
         return call.kind != "ReduceMean" or (len(before) == 4 and _spatial_mean(before, after))
 
     def _is_read(self, value: Value) -> bool:
-        """Tell whether a quantizer reads ``value``, at once or behind operators that only move values."""
+        """Tell whether a quantizer reads ``value``, at once or behind operators that only copy."""
         todo, seen = [value], set()
         reads = {
             (call, v)
@@ -239,7 +254,7 @@ class _Finder:
 
 
 def function_path(call: Call) -> str:
-    """Return a path for a function call: the block around it and the name, numbered from its second use."""
+    """Return a path for a function call: its block and its name, numbered from the second use."""
     parent = call.parent
     if parent is None:
         return call.name

@@ -1,4 +1,4 @@
-"""Rule F6: which operand of a residual addition is quantized, decided by what produced the operands."""
+"""Rule F6: which operand of a residual addition is quantized, by what produced the operands."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def place_join(call: Call, quantized: set[Call], backend: Backend) -> Join:
 
 
 def branch_end(value: Value, quantized: set[Call]) -> Call | None:
-    """Return the quantized operator that ``value`` comes from, looking back through what fuses with it."""
+    """Return the quantized operator that ``value`` comes from, seen through what fuses with it."""
     while value.producer is not None:
         call = value.producer
         if call in quantized:
@@ -90,7 +90,7 @@ def _ends_in(end: Call | None, kinds: tuple[str, ...]) -> bool:
 
 
 def _shallower(left: Value, right: Value, common: set[Value]) -> Value:
-    """Return the operand with the shorter longest path to what both have in common; on a tie the earlier one."""
+    """Return the operand with the shorter longest path from ``common``, on a tie the earlier."""
     depths = _depth(left, common), _depth(right, common)
     if depths[0] != depths[1]:
         return left if depths[0] < depths[1] else right

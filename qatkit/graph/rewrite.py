@@ -1,4 +1,7 @@
-"""Give a block a forward that calls quantizers inside: same object, same attributes, still an instance of its class."""
+"""Give a block a forward that calls quantizers inside.
+
+It is the same object with the same attributes, still an instance of its class.
+"""
 
 from __future__ import annotations
 
@@ -117,5 +120,5 @@ def _blank(kind: type, plan: BlockPlan) -> nn.Module:
         self.__dict__.update(state)
         rewrite(self, plan)
 
-    shell = type(kind.__name__, (kind,), {"__setstate__": setstate})
-    return shell.__new__(shell)  # type: ignore[no-any-return]
+    shell: type[nn.Module] = type(kind.__name__, (kind,), {"__setstate__": setstate})
+    return shell.__new__(shell)

@@ -1,4 +1,4 @@
-"""Rules F8 and F9: quantizers on two sides of an operator that only moves values share one scale."""
+"""Rules F8 and F9: quantizers on both sides of an operator that only copies share one scale."""
 
 from __future__ import annotations
 

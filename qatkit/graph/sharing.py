@@ -1,4 +1,7 @@
-"""One quantizer for one tensor (rule F17): readers of the same value share it, and the block around them runs it once."""
+"""One quantizer for one tensor (rule F17).
+
+Readers of the same value share it, and the block around them runs it once.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +67,7 @@ class _Sharer:
         return self._result
 
     def _group(self, group: list[Reader]) -> None:
-        """Serve the readers of one tensor: together in the block around them, else each where it stands."""
+        """Serve the readers of one tensor: in the block around all, else each where it stands."""
         layers = [
             reader
             for reader in group
@@ -97,7 +100,7 @@ class _Sharer:
         self._result.values[plan.path] = group[0].values
 
     def _serve(self, group: list[Reader], block: Call | None, quantizer: str) -> list[Reader]:
-        """Call ``quantizer`` in ``block`` for the readers of ``group``; return those that it serves."""
+        """Call ``quantizer`` in ``block`` for the readers of ``group``; return those it serves."""
         functions = [
             reader for reader in group if not reader.quantizer.endswith(".input_quantizer")
         ]
@@ -140,7 +143,7 @@ class _Sharer:
 def _uses(
     level: Level, value: Value, group: list[Reader]
 ) -> tuple[list[tuple[fx.Node, fx.Node]], list[Reader]]:
-    """Return the reads of ``value`` in a block that want it quantized, and the readers behind them."""
+    """Return the reads of ``value`` in a block that want it quantized, and their readers."""
     reader_of = {call: reader for reader in group for call in reader.calls}
     uses: list[tuple[fx.Node, fx.Node]] = []
     served: list[Reader] = []
@@ -157,7 +160,7 @@ def _uses(
 
 
 def _readers_behind(call: Call, value: Value, reader_of: dict[Call, Reader]) -> list[Reader]:
-    """Return the readers that get ``value`` through ``call``; none if anything else gets it there too."""
+    """Return the readers that get ``value`` through ``call``; none if it goes elsewhere too."""
     if call in reader_of:
         return [reader_of[call]]
     inside = [

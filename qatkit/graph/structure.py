@@ -1,14 +1,14 @@
-"""The arguments of a call as a flat list of tensors and a template that tells where each one belongs.
+"""The arguments of a call: a flat list of tensors, and a template that tells where each belongs.
 
 A template is made of tuples, strings and numbers, so that it is hashable and survives JSON:
 
+- ``("tensor",)``: a tensor, takes the next leaf;
+- ``("const", v)``: a plain number, string, bool or ``None``;
+- ``("tuple", t...)`` and ``("list", t...)``: templates of the items;
+- ``("dict", (k, t)...)``: keys and templates of the values;
+- ``("opaque", name, t...)``  anything else, by the name of its class, with the items of a
+named tuple or a dataclass
 ===================  =====================================
-``("tensor",)``      a tensor: takes the next leaf
-``("const", v)``     a plain number, string, bool or ``None``
-``("tuple", t...)``  and ``("list", t...)``: templates of the items
-``("dict", (k, t)...)``  keys and templates of the values
-``("opaque", name, t...)`` anything else, by the name of its class; the items of a named tuple or a
-dataclass follow ===================  =====================================
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def unflatten(template: Template, leaves: Iterator[Any]) -> Any:
 
 
 def tensors(value: Any) -> list[Tensor]:
-    """Return the tensors inside ``value`` in order, looking into tuples, lists, dicts and dataclasses."""
+    """Return the tensors inside ``value``, its tuples, lists, dicts and dataclasses, in order."""
     return flatten(value)[1]
 
 
@@ -88,7 +88,9 @@ def _template(value: Any, is_leaf: type | tuple[type, ...], leaves: list[Any]) -
 
 
 def opaque_items(value: Any) -> list[Any]:
-    """Return what is inside a container that a template cannot rebuild: a named tuple, a dataclass, an odd dict.
+    """Return what is inside a container that a template cannot rebuild.
+
+    That is a named tuple, a dataclass, or a dict whose keys are no strings or integers.
 
     >>> import torch
     >>> opaque_items(torch.tensor([3.0, 5.0]).max(dim=0))

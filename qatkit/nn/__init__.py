@@ -1,4 +1,4 @@
-"""Drop-in quantized layers: the constructor arguments, parameters and keys of their ``torch.nn`` counterparts."""
+"""Drop-in quantized layers, with the arguments, parameters and keys of those in ``torch.nn``."""
 
 from qatkit.nn.conv import QuantConv1d, QuantConv2d, QuantConv3d
 from qatkit.nn.conv_transpose import (

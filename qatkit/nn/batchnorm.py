@@ -36,8 +36,8 @@ class FrozenStatistics(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle as the class before and the state: this class is made anew."""
-        state: tuple[Any, ...] = super().__reduce_ex__(protocol)[2:]  # type: ignore[assignment]
-        return _blank, (self.float_class,), *state
+        reduced: Any = super().__reduce_ex__(protocol)
+        return _blank, (self.float_class,), *reduced[2:]
 
 
 def batch_norms(model: nn.Module) -> list[tuple[str, _BatchNorm]]:

@@ -20,7 +20,9 @@ class QuantConv1d(QuantizedWeight, nn.Conv1d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve (N, C, L) or (C, L)."""
-        return self._conv_forward(self.quantized_input(input), self.quantized_weight(), self.bias)
+        x, weight = self.quantized_input(input), self.quantized_weight()
+        output: Tensor = self._conv_forward(x, weight, self.bias)
+        return output
 
 
 @quantizes(nn.Conv2d)
@@ -36,7 +38,9 @@ class QuantConv2d(QuantizedWeight, nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve (N, C, H, W) or (C, H, W)."""
-        return self._conv_forward(self.quantized_input(input), self.quantized_weight(), self.bias)
+        x, weight = self.quantized_input(input), self.quantized_weight()
+        output: Tensor = self._conv_forward(x, weight, self.bias)
+        return output
 
 
 @quantizes(nn.Conv3d)
@@ -52,4 +56,6 @@ class QuantConv3d(QuantizedWeight, nn.Conv3d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve (N, C, D, H, W) or (C, D, H, W)."""
-        return self._conv_forward(self.quantized_input(input), self.quantized_weight(), self.bias)
+        x, weight = self.quantized_input(input), self.quantized_weight()
+        output: Tensor = self._conv_forward(x, weight, self.bias)
+        return output

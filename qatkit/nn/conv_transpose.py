@@ -30,7 +30,10 @@ class QuantizedTransposed(QuantizedWeight, _ConvTransposeNd):
         return self.groups
 
     def along_output(self, vector: Tensor) -> Tensor:
-        """Shape a (C_out,) vector so that it multiplies the weight: each group of inputs has its own outputs."""
+        """Shape a (C_out,) vector so that it multiplies the weight.
+
+        Each group of inputs has its own outputs.
+        """
         per_group = vector.reshape(self.groups, 1, -1)
         inputs = self.in_channels // self.groups
         rows = per_group.expand(-1, inputs, -1).reshape(self.in_channels, -1)

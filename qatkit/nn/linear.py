@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -18,6 +20,8 @@ class QuantLinear(QuantizedWeight, nn.Linear):
     >>> QuantLinear(4, 8)(torch.randn(2, 4)).shape
     torch.Size([2, 8])
     """
+
+    bias: Any  # A Parameter or None; torch.nn.Linear declares only the first.
 
     def forward(self, input: Tensor) -> Tensor:
         """Map (..., in_features) to (..., out_features)."""

@@ -1,4 +1,7 @@
-"""Quantized pooling: average pools compute in INT8 if their input is quantized (rule F7), max pools only select."""
+"""Quantized pooling.
+
+Average pools compute in INT8 if their input is quantized (rule F7), max pools only select.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,8 @@ class QuantizedPool(QuantizedInput):
 
     def forward(self, input: Tensor) -> Tensor:
         """Pool the quantized input."""
-        return super().forward(self.quantized_input(input))  # type: ignore[no-any-return, misc]
+        output: Tensor = super().forward(self.quantized_input(input))
+        return output
 
 
 @quantizes(nn.AvgPool1d)

@@ -34,7 +34,8 @@ def quantizes(float_class: type[nn.Module]) -> Callable[[Layer], Layer]:
         own = inspect.signature(layer.__init__).parameters.values()
         extra = [parameter for parameter in own if parameter.kind is parameter.KEYWORD_ONLY]
         parameters = [*floats.parameters.values(), *extra]
-        layer.__signature__ = floats.replace(parameters=parameters)  # type: ignore[attr-defined]
+        shown: Any = layer
+        shown.__signature__ = floats.replace(parameters=parameters)
         return layer
 
     return register
@@ -114,7 +115,7 @@ class QuantizedWeight(QuantizedInput):
         self.input_quantizer.to(self.weight.device)
 
     def attach_weight(self, spec: QuantSpec) -> None:
-        """Quantize the weight as ``spec`` says, with the range of the weight at hand until it is frozen."""
+        """Quantize the weight as ``spec`` says, with its own range until that is frozen."""
         spec = spec.replace(memory="latest")
         channels = None if spec.axis is None else self.weight.shape[spec.axis]
         self.weight_quantizer = TensorQuantizer(spec, channels, device=self.weight.device)
@@ -161,16 +162,20 @@ class QuantizedWeight(QuantizedInput):
         return self.along_output(fold_scale(norm.weight, norm.running_var, norm.eps))
 
     def quantized_weight(self) -> Tensor:
-        """Return the weight as the layer computes with it: same shape and dtype, on the grid of the folded one."""
+        """Return the weight as the layer computes with it, on the grid of the folded one.
+
+        Shape and dtype are those of the weight.
+        """
         scale = self.weight_fold_scale()
         if scale is None:
-            return self.weight_quantizer(self.weight)  # type: ignore[no-any-return]
-        folded = self.weight_quantizer(self.weight.float() * scale)
-        return (folded / scale).to(self.weight.dtype)  # type: ignore[no-any-return]
+            weight: Tensor = self.weight_quantizer(self.weight)
+            return weight
+        folded: Tensor = self.weight_quantizer(self.weight.float() * scale)
+        return (folded / scale).to(self.weight.dtype)
 
 
 def swap(module: nn.Module) -> None:
-    """Turn a float layer into its quantized class in place: same object, parameters, hooks and keys.
+    """Turn a float layer into its quantized class: same object, parameters, hooks and keys.
 
     The caller attaches the quantizers. Only exact float classes have a quantized one: a subclass
     has its own forward.

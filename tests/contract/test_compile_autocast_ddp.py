@@ -41,7 +41,7 @@ def test_compiles_in_training(classifier):
 
 
 def _is_random(model):
-    """Tell whether random numbers, which compiled graphs draw in another order, have a part in a step."""
+    """Tell whether a step uses random numbers, which compiled graphs draw in another order."""
     return any(
         type(m).__name__ in ("Dropout", "StochasticDepth") and m.p > 0 for m in model.modules()
     )

@@ -98,7 +98,7 @@ def test_contexts_restore_each_quantizer_also_after_an_exception(case):
     qatkit.disable_quantization(model, first).apply()
     model.get_submodule(last).observe = "never"
     before = switches(model)
-    with (
+    with (  # noqa: PT012
         pytest.raises(ZeroDivisionError),
         qatkit.enable_quantization(model),
         qatkit.freeze_ranges(model),

@@ -68,7 +68,7 @@ def build(name: str) -> Float:
 
 
 def settle(model: nn.Module, x: Tensor) -> None:
-    """Give the batch norms the statistics of the data, and scales and shifts that are not 1 and 0."""
+    """Give the batch norms the statistics of the data, and scales and shifts other than 1 and 0."""
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     momentum = {norm: norm.momentum for norm in norms}
     for norm in norms:

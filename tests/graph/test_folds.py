@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+
 import pytest
 import torch
 from torch import nn
@@ -134,13 +136,7 @@ def test_named_tuple_output_counts_as_a_reader():
     prepared(ReturnedInTuple())
 
 
-class Pair(tuple):
-    __slots__ = ()
-
-
-import collections  # noqa: E402
-
-Out = collections.namedtuple("Out", "out features")  # noqa: PYI024
+Out = collections.namedtuple("Out", "out features")
 
 
 class ReturnedInTuple(TwoReaders):

@@ -42,7 +42,7 @@ class Left(Right):
 class Rebound(Right):
     def forward(self, x):
         x = x + self.f(x)
-        return x
+        return x  # noqa: RET504
 
 
 class TorchAdd(Right):
@@ -358,3 +358,16 @@ def test_mlp_residual_is_a_transformer_join():
     prepared(model, x)
     reasons = [entry.reason for entry in plan.quantizers if entry.path.endswith("add_quantizer")]
     assert reasons == ["F6c: skip of a transformer residual"] * 2
+
+
+class InplaceAliasIntoModule(InplaceAlias):
+    def forward(self, x):
+        x = x * 2
+        alias = x
+        x += self.f(alias * 1)
+        return self.f[1](alias)
+
+
+def test_an_alias_that_a_module_reads():
+    model = prepared(Body(InplaceAliasIntoModule()))
+    assert qatkit.plan(model, X).blocks == ()

@@ -1,0 +1,152 @@
+"""`verify_onnx` must find a file that computes something else."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+from torch import nn
+
+import qatkit
+from qatkit import QatkitError
+
+X = torch.randn(4, 3, 8, 8)
+
+
+def network(width=8):
+    torch.manual_seed(1)
+    model = nn.Sequential(
+        nn.Conv2d(3, width, 3), nn.BatchNorm2d(width), nn.ReLU(), nn.Flatten(), nn.Linear(36 * width, 4)
+    )
+    model(X)
+    model.eval()
+    qatkit.prepare(model, X)
+    qatkit.calibrate(model, [X], progress=False)
+    return model
+
+
+@pytest.fixture
+def pair(tmp_path):
+    model = network()
+    path = tmp_path / "a.onnx"
+    qatkit.export_onnx(model, X, path)
+    return path, model
+
+
+def tamper(path, name, change):
+    proto = onnx.load(path)
+    tensor = next(t for t in proto.graph.initializer if t.name.endswith(name))
+    array = numpy_helper.to_array(tensor).copy()
+    tensor.CopyFrom(numpy_helper.from_array(np.asarray(change(array), array.dtype), tensor.name))
+    onnx.save(proto, path)
+
+
+def test_agrees(pair):
+    report = qatkit.verify_onnx(*pair, X)
+    assert report.ok
+    assert len(report.quantizers) == 4
+    assert report.outputs == 16
+    assert report.top1_agreement == 1.0
+    assert "verified" in str(report)
+    assert "NOT" not in str(report)
+
+
+def one_more(array):
+    array.flat[0] += 0.1 + abs(array).max()
+    return array
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("0.input_quantizer.scale", lambda a: a * 1.01),
+        ("4.input_quantizer.scale", lambda a: a * 0.9),
+        ("0.weight_quantizer.scale", lambda a: a * np.where(np.arange(a.size) == 3, 1.1, 1)),
+        ("4.weight_quantizer.scale", lambda a: a * 1.05),
+        ("0.weight_quantizer.weight", one_more),
+        ("4.weight_quantizer.weight", lambda a: -a),
+        ("0.input_quantizer.zero_point", lambda a: a + 1),
+        ("bias", lambda a: a + 0.5),
+    ],
+)
+def test_a_changed_file_is_found(pair, name, change):
+    path, model = pair
+    tamper(path, name, change)
+    report = qatkit.verify_onnx(path, model, X)
+    assert not report.ok
+    assert "NOT VERIFIED" in str(report)
+
+
+def test_a_changed_bias_of_the_last_layer_is_found(pair):
+    path, model = pair
+    proto = onnx.load(path)
+    gemm = next(node for node in proto.graph.node if node.op_type == "Gemm")
+    tamper(path, gemm.input[2], lambda a: a + 1)
+    assert not qatkit.verify_onnx(path, model, X).ok
+
+
+def test_int8_weights_that_were_changed_are_found(tmp_path):
+    model = network()
+    path = tmp_path / "a.onnx"
+    qatkit.export_onnx(model, X, path, weights="int8")
+    tamper(path, "4.weight_quantizer.codes", lambda a: np.roll(a, 1))
+    assert not qatkit.verify_onnx(path, model, X).ok
+
+
+def test_a_model_that_has_trained_on_is_found(pair):
+    path, model = pair
+    with torch.no_grad():
+        model[0].weight += 0.05 * torch.randn_like(model[0].weight)
+    assert not qatkit.verify_onnx(path, model, X).ok
+
+
+def test_a_scale_of_the_model_that_changed_is_found(pair):
+    path, model = pair
+    model[0].input_quantizer.set_range(-1, 1)
+    assert not qatkit.verify_onnx(path, model, X).ok
+
+
+@pytest.mark.parametrize("other", ["wider", "other names", "float", "not a module"])
+def test_another_model(pair, other):
+    path = pair[0]
+    if other == "wider":
+        model = network(16)
+    elif other == "other names":
+        model = nn.ModuleDict({"net": network()})["net"]
+        model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(288, 4)))
+        qatkit.prepare(model, X)
+        qatkit.calibrate(model, [X], progress=False)
+    elif other == "float":
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(288, 4))
+    else:
+        model = None
+    with pytest.raises(QatkitError) as error:
+        qatkit.verify_onnx(path, model, X)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("inputs", [(X, X), torch.randn(4, 5, 8, 8), {"x": X}, torch.randn(4, 3, 9, 9)])
+def test_other_inputs(pair, inputs):
+    with pytest.raises(QatkitError) as error:
+        qatkit.verify_onnx(*pair, inputs)
+    assert "\n" not in str(error.value)
+
+
+def test_no_file(tmp_path, pair):
+    with pytest.raises(QatkitError, match="no such file"):
+        qatkit.verify_onnx(tmp_path / "missing.onnx", pair[1], X)
+    (tmp_path / "text.onnx").write_text("no ONNX")
+    with pytest.raises(QatkitError, match="is no ONNX file"):
+        qatkit.verify_onnx(tmp_path / "text.onnx", pair[1], X)
+
+
+def test_the_model_is_left_alone(pair):
+    path, model = pair
+    model.train()
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    qatkit.verify_onnx(path, model, X)
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert not any(module._forward_hooks for module in model.modules())
