@@ -8,12 +8,12 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from qatkit.errors import QatkitTypeError
 from qatkit.graph.level import float_class
 from qatkit.graph.rewrite import RewrittenBlock
-from qatkit.graph.structure import tensors
+from qatkit.graph.structure import map_tensors, tensors
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
@@ -108,14 +108,7 @@ def to_device(value: Any, device: torch.device | None) -> Any:
     """Return ``value`` with the tensors in its tuples, lists and dicts on ``device``."""
     if device is None:
         return value
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, tuple | list):
-        make = getattr(value, "_make", type(value))  # that of a named tuple
-        return make([to_device(item, device) for item in value])
-    if isinstance(value, dict):
-        return {key: to_device(item, device) for key, item in value.items()}
-    return value
+    return map_tensors(value, lambda tensor: tensor.to(device))
 
 
 def device_of(model: nn.Module) -> torch.device | None:

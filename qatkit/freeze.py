@@ -130,12 +130,8 @@ def _without_range(model: nn.Module) -> list[str]:
     return [
         path
         for path, quantizer in quantizers(model)
-        if quantizer.quantize and id(quantizer) not in follows and not _has_range(quantizer)
+        if quantizer.quantize and id(quantizer) not in follows and not quantizer.has_range
     ]
-
-
-def _has_range(quantizer: TensorQuantizer) -> bool:
-    return quantizer.calibrated or any(peer.calibrated for peer in quantizer.peers)
 
 
 def _weights(model: nn.Module) -> list[QuantizedWeight]:

@@ -86,10 +86,15 @@ class TensorQuantizer(nn.Module):
 
     @property
     def calibrated(self) -> bool:
-        """Whether there is a range; reads the device once, until there is one."""
+        """Whether it has seen data itself; reads the device once, until it has."""
         if not self._has_range and not torch.compiler.is_compiling():
             self._has_range = bool(self.num_batches > 0)
         return self._has_range
+
+    @property
+    def has_range(self) -> bool:
+        """Whether there is a range to quantize with: its own, or one of the peers'."""
+        return self.calibrated or any(peer.calibrated for peer in self._peers)
 
     @property
     def observing(self) -> bool:
@@ -188,10 +193,6 @@ class TensorQuantizer(nn.Module):
         if self.spec.fixed_range is not None:
             self.set_range(*self.spec.fixed_range)
 
-    def observe_now(self, x: Tensor) -> None:
-        """Take ``x`` into the range, whatever the mode."""
-        self._observe(x)
-
     def extra_repr(self) -> str:
         """Show the grid and the state."""
         spec = self.spec
@@ -206,7 +207,7 @@ class TensorQuantizer(nn.Module):
         """Return the range to quantize ``x`` with; ``batch`` is the estimate of this forward."""
         if self.spec.memory == "latest" and self.observe != "never":
             return self._estimate(x) if batch is None else batch
-        if not (self.calibrated or any(peer.calibrated for peer in self._peers)):
+        if not self.has_range:
             return None
         if self.spec.memory == "batch" and batch is not None and self.training:
             return batch

@@ -160,7 +160,7 @@ def summary(model: nn.Module) -> Summary:
 def _summarize(path: str, quantizer: TensorQuantizer, aliases: int, role: str) -> QuantizerSummary:
     spec = quantizer.spec
     frozen = quantizer.observe == "never"
-    known = quantizer.calibrated or any(peer.calibrated for peer in quantizer.peers)
+    known = quantizer.has_range
     low, high = quantizer.range
     return QuantizerSummary(
         path=path,

@@ -8,18 +8,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from qatkit.graph.level import float_class
+from qatkit.graph.structure import map_tensors
 
 
 def to_cpu_float32(value: Any) -> Any:
     """Return arguments with every tensor on the CPU, and float32 in place of other float dtypes."""
-    if isinstance(value, Tensor):
-        value = value.detach().cpu()
-        return value.float() if value.is_floating_point() else value
-    if type(value) in (tuple, list):
-        return type(value)(to_cpu_float32(item) for item in value)
-    if isinstance(value, dict):
-        return {key: to_cpu_float32(item) for key, item in value.items()}
-    return value
+    return map_tensors(value, _cpu_float32)
 
 
 def input_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -65,3 +59,8 @@ def batch_axes(
 
 def _has_batch(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dim() > 1
+
+
+def _cpu_float32(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach().cpu()
+    return tensor.float() if tensor.is_floating_point() else tensor

@@ -102,7 +102,7 @@ def _replace_quantizers(model: nn.Module) -> None:
 def _stand_in(quantizer: TensorQuantizer) -> nn.Module:
     if not quantizer.quantize:
         return nn.Identity()
-    if not (quantizer.calibrated or any(peer.calibrated for peer in quantizer.peers)):
+    if not quantizer.has_range:
         return Uncalibrated(quantizer.name)
     _check_grid(quantizer)
     spec = quantizer.spec

@@ -47,7 +47,7 @@ def insert_qdq(model: ModelProto, *, int8_weights: bool) -> None:
     for node in _all_nodes(model.graph):
         if node.domain == DOMAIN:
             raise QatkitError(
-                f"{_attributes(node)['name']}: is inside an If or Loop, "
+                f"{_attributes(node)['name'].decode()}: is inside an If or Loop, "
                 "where Q and DQ cannot be placed; disable it by a Rule(enabled=False)"
             )
     for i in reversed(range(len(model.opset_import))):

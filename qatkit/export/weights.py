@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from qatkit.functional import folded_weight_and_bias
+from qatkit.kernels.portable import SMALLEST_SCALE, along
 from qatkit.nn.quantized import QuantizedWeight
-
-_SMALLEST_SCALE = 2.0**-126
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +59,7 @@ def fold_layer(layer: QuantizedWeight, norm: nn.Module | None) -> FoldedLayer:
         grid = quantizer.grid_for(raw)
         assert grid is not None, "a weight always has a range"
         scale, axis = grid[0].float(), quantizer.spec.axis
-        codes = torch.round(quantizer(raw) / _along(scale, axis, raw.dim())).to(torch.int32)
+        codes = torch.round(quantizer(raw) / along(scale, raw, axis)).to(torch.int32)
         bias = None if layer.bias is None else layer.bias.float()
         if norm is None:
             return _finish(codes, scale, axis, bias, folded=False)
@@ -79,10 +78,10 @@ def _finish(
     codes: Tensor, scale: Tensor, axis: int | None, bias: Tensor | None, *, folded: bool
 ) -> FoldedLayer:
     """Give dead channels zeros and the scale 1, and put the weight on the grid."""
-    alive = torch.isfinite(scale) & (scale >= _SMALLEST_SCALE)
+    alive = torch.isfinite(scale) & (scale >= SMALLEST_SCALE)
     scale = torch.where(alive, scale, 1.0)
-    codes = codes * _along(alive.to(torch.int32), axis, codes.dim())
-    weight = codes.float() * _along(scale, axis, codes.dim())
+    codes = codes * along(alive.to(torch.int32), codes, axis)
+    weight = codes.float() * along(scale, codes, axis)
     return FoldedLayer(weight, bias, codes, scale, axis, folded)
 
 
@@ -112,7 +111,3 @@ def _factor_and_bias(layer: QuantizedWeight, norm: Any) -> tuple[Tensor, Tensor]
         statistics = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
         return factor, F.batch_norm(pixel, *statistics, training=False, eps=norm.eps).flatten()
     return factor, norm(pixel).flatten()
-
-
-def _along(vector: Tensor, axis: int | None, dims: int) -> Tensor:
-    return vector if axis is None else vector.reshape([-1 if d == axis else 1 for d in range(dims)])

@@ -17,11 +17,8 @@ import torch
 from torch import Tensor
 
 from qatkit import kernels
+from qatkit.kernels.portable import LARGEST_SCALE, SMALLEST_SCALE
 from qatkit.spec import QuantSpec
-
-# Between these a scale and its reciprocal are normal float32 numbers.
-_SMALLEST_SCALE = 2.0**-126
-_LARGEST_SCALE = 2.0**126
 
 _Array: TypeAlias = "np.ndarray[Any, np.dtype[np.float32]]"
 
@@ -80,7 +77,7 @@ def _symmetric_scale(low: _Array, high: _Array, spec: QuantSpec) -> _Array:
             else np.maximum(high, np.float32(0))
         )
         scale = amax / np.float32(spec.quant_max)
-        alive = (scale >= _SMALLEST_SCALE) & (scale <= _LARGEST_SCALE)
+        alive = (scale >= SMALLEST_SCALE) & (scale <= LARGEST_SCALE)
         usable: _Array = np.where(alive, scale, np.float32(1))
     return usable
 
@@ -97,4 +94,4 @@ def _asymmetric(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Ten
 
 def _alive(scale: Tensor) -> Tensor:
     # Also false for NaN.
-    return (scale >= _SMALLEST_SCALE) & (scale <= _LARGEST_SCALE)
+    return (scale >= SMALLEST_SCALE) & (scale <= LARGEST_SCALE)

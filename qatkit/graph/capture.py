@@ -8,7 +8,6 @@ parameter with the model and has its own buffers.
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -20,10 +19,10 @@ from torch.overrides import TorchFunctionMode
 
 from qatkit.errors import QatkitError, shorten
 from qatkit.graph.kinds import function_name, is_leaf, kind_of, module_name
-from qatkit.graph.structure import Template, flatten, tensors
+from qatkit.graph.structure import Template, flatten, map_tensors, tensors
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Value:
     """One tensor at one moment: writing in place makes a new value.
 
@@ -40,7 +39,7 @@ class Value:
     consumers: list[Call] = field(default_factory=list)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Call:
     """One call of a module or a function.
 
@@ -165,6 +164,7 @@ class _Recorder(TorchFunctionMode):
         super().__init__()
         self.calls: list[Call] = []
         self._stack: list[Call] = []
+        self._versions: list[dict[int, int]] = []
         self._values: dict[int, Value] = {}
         self._keep: list[Tensor] = []
         self._leaf_depth = 0
@@ -208,7 +208,7 @@ class _Recorder(TorchFunctionMode):
         """Give a tensor that was handed through a new identity, to tell it from the input."""
         self._leaf_depth += 1
         try:
-            return _map_tensors(result, lambda t: t.view_as(t) if id(t) in given else t)
+            return map_tensors(result, lambda t: t.view_as(t) if id(t) in given else t)
         finally:
             self._leaf_depth -= 1
 
@@ -237,13 +237,12 @@ class _Recorder(TorchFunctionMode):
                 if not call.children and any(id(t) in untouched for t in tensors(result)):
                     call.kind = "Identity"
                 else:
-                    call.outputs = _map_tensors(result, self._value)
+                    call.outputs = map_tensors(result, self._value)
                     return result
             result = self._as_new(result, untouched)
             self._close(call, result)
             return result
 
-        self._versions: list[dict[int, int]] = []
         return before, after
 
     def _open(
@@ -269,7 +268,7 @@ class _Recorder(TorchFunctionMode):
         for tensor in tensors(result):
             self._keep.append(tensor)
             self._values[id(tensor)] = Value(call, constant, tuple(tensor.shape))
-        call.outputs = _map_tensors(result, self._value)
+        call.outputs = map_tensors(result, self._value)
 
     def _value(self, tensor: Tensor) -> Value:
         """Return the value that ``tensor`` holds now; a new one is an input or a constant."""
@@ -278,27 +277,3 @@ class _Recorder(TorchFunctionMode):
             self._keep.append(tensor)
             self._values[id(tensor)] = Value(None, constant, tuple(tensor.shape))
         return self._values[id(tensor)]
-
-
-def _map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
-    """Return ``value`` with each tensor in tuples, lists, dicts and dataclasses changed."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if type(value) in (tuple, list):
-        return type(value)(_map_tensors(item, change) for item in value)
-    if type(value) is dict:
-        return {key: _map_tensors(item, change) for key, item in value.items()}
-    if isinstance(value, dict):
-        copied = copy.copy(value)
-        for key, item in value.items():
-            copied[key] = _map_tensors(item, change)
-        return copied
-    if isinstance(value, tuple):
-        make = getattr(type(value), "_make", type(value))
-        return make(_map_tensors(item, change) for item in value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        twin: Any = copy.copy(value)
-        for key, item in vars(value).items():
-            twin.__dict__[key] = _map_tensors(item, change)
-        return twin
-    return value

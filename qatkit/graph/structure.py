@@ -13,8 +13,9 @@ named tuple or a dataclass
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor
@@ -58,6 +59,35 @@ def unflatten(template: Template, leaves: Iterator[Any]) -> Any:
 def tensors(value: Any) -> list[Tensor]:
     """Return the tensors inside ``value``, its tuples, lists, dicts and dataclasses, in order."""
     return flatten(value)[1]
+
+
+def map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
+    """Return ``value`` with each tensor in tuples, lists, dicts and dataclasses changed.
+
+    >>> import torch
+    >>> map_tensors({"a": (torch.ones(2), 3)}, torch.Tensor.sum)
+    {'a': (tensor(2.), 3)}
+    """
+    if isinstance(value, Tensor):
+        return change(value)
+    if type(value) in (tuple, list):
+        return type(value)(map_tensors(item, change) for item in value)
+    if type(value) is dict:
+        return {key: map_tensors(item, change) for key, item in value.items()}
+    if isinstance(value, dict):
+        copied = copy.copy(value)
+        for key, item in value.items():
+            copied[key] = map_tensors(item, change)
+        return copied
+    if isinstance(value, tuple):
+        make = getattr(type(value), "_make", type(value))
+        return make(map_tensors(item, change) for item in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        twin: Any = copy.copy(value)
+        for key, item in vars(value).items():
+            twin.__dict__[key] = map_tensors(item, change)
+        return twin
+    return value
 
 
 def rebuildable(template: Template) -> bool:

@@ -188,4 +188,4 @@ def _reciprocal(scale: float) -> float:
 
 
 def _has_reciprocal(scale: float) -> bool:
-    return 2.0**-126 <= scale <= 2.0**126
+    return portable.SMALLEST_SCALE <= scale <= portable.LARGEST_SCALE

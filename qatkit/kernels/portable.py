@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 LAST_BIN = 255
+SMALLEST_SCALE, LARGEST_SCALE = 2.0**-126, 2.0**126
+"""Between these a scale and its reciprocal are normal float32 numbers."""
 BLOCK_SIZES = (128, 64, 32)
 _BLOCKS_PER_ELEMENT = 8
 _DECIMALS = 10**8

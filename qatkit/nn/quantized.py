@@ -188,13 +188,6 @@ def swappable(module: nn.Module) -> bool:
     return type(module) in QUANTIZED
 
 
-def _signature(float_class: type[nn.Module], layer: type[nn.Module]) -> inspect.Signature:
-    """Return the constructor's signature as people read it: the float layer's, then our own."""
-    own = inspect.signature(layer.__init__).parameters.values()
-    extra = [p for p in own if p.kind is p.KEYWORD_ONLY]
-    return inspect.Signature([*inspect.signature(float_class).parameters.values(), *extra])
-
-
 def _spec(spec: QuantSpec | None, default: QuantSpec, where: str) -> QuantSpec:
     if spec is None:
         return default

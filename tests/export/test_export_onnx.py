@@ -275,7 +275,7 @@ class Two(nn.Module):
         return self.form(y)
 
 
-Named = collections.namedtuple("Named", "y twice")  # noqa: PYI024
+Named = collections.namedtuple("Named", "y twice")
 
 
 @pytest.mark.parametrize(
