@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qatkit.batches import BatchReader, device_of, to_device
+from qatkit.collecting import collecting
 from qatkit.errors import QatkitError, QatkitTypeError, shorten
 from qatkit.freeze import saved_range
 from qatkit.functional import count_nonfinite
@@ -21,12 +22,16 @@ from qatkit.graph.plan import table
 from qatkit.graph.structure import tensors
 from qatkit.modes import disable_quantization, quantizers, select_quantizers
 from qatkit.nn.quantized import QuantizedWeight
+from qatkit.observers import CALIBRATORS
+from qatkit.observers.calibrators import Settings, check_settings
 from qatkit.quantizer import TensorQuantizer
 from qatkit.spec import OBSERVER_NAMES, suggest
 
 logger = logging.getLogger(__name__)
 
-METHODS = tuple(name for name in OBSERVER_NAMES if name != "fixed")
+METHODS = tuple(
+    dict.fromkeys([*(name for name in OBSERVER_NAMES if name != "fixed"), *CALIBRATORS])
+)
 
 
 class CalibratedRange(NamedTuple):
@@ -85,6 +90,8 @@ def calibrate(
     *,
     batches: int | None = None,
     method: str | None = None,
+    percentile: float = 99.99,
+    coverage: float = 0.99,
     progress: bool = True,
 ) -> CalibrationReport:
     """Estimate all ranges anew from data, with the model in eval mode and unquantized.
@@ -99,8 +106,14 @@ def calibrate(
             items are taken as the forward requires, or dicts of which the keys are taken that are
             names of the forward's arguments. Tensors are moved to the device of the model.
         batches: use only so many; ``None`` for all.
-        method: name of the observer for the activations in this run, ``None`` for the one of each
-            quantizer. Fixed ranges stay fixed.
+        method: how to estimate the ranges of the activations in this run, ``None`` for the observer
+            of each quantizer. An observer (shrink, minmax, ema, average, channel-mean) makes the
+            range of all batches out of the range of each one. A calibrator
+            (`qatkit.observers.CALIBRATORS`) makes it out of a histogram of all samples, and cuts at
+            the same magnitude on both sides of zero; ``sigma`` is here the calibrator, ``max`` is
+            minmax. Fixed ranges stay fixed, weights keep their observer.
+        percentile: for the method percentile: percent of the samples to keep, 0 < p <= 100.
+        coverage: for two-pointer and its exact variant: share of the samples to keep, 0 < c <= 1.
         progress: show a progress bar if tqdm is installed and the output is a terminal.
 
     Returns:
@@ -108,7 +121,8 @@ def calibrate(
 
     Raises:
         QatkitError: the model has no quantizers, the data is empty or has no input in it, the model
-            does not run on it, ``batches`` is below 1, or there is no such method.
+            does not run on it, ``batches`` is below 1, there is no such method, a setting of it is
+            out of its range, or a calibrator meets an activation with one range per channel.
 
     >>> from qatkit.nn import QuantLinear
     >>> net = nn.Sequential(QuantLinear(2, 2))
@@ -119,12 +133,17 @@ def calibrate(
     select_quantizers(model, "*", "calibrate")
     _check_data(data)
     _check_options(batches, method)
+    check_settings(Settings(percentile=percentile, coverage=coverage), "calibrate")
+    observer, calibrator = _split_method(method)
     watch = _Watch(dict(quantizers(model)))
     with ExitStack() as stack:
         stack.enter_context(watch)
         stack.enter_context(_eval_flags(model))
         stack.enter_context(disable_quantization(model))
-        stack.enter_context(_observing(model, watch.quantizers.values(), method))
+        stack.enter_context(_observing(model, watch.quantizers, observer))
+        if calibrator is not None:
+            activations = _activations(model, watch.quantizers)
+            stack.enter_context(collecting(activations, calibrator, percentile, coverage))
         stack.enter_context(_uncompiled())
         count, samples = _run(model, data, batches, progress)
     return watch.report(count, samples)
@@ -202,21 +221,36 @@ def _eval_flags(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _observing(
-    model: nn.Module, quantizers: Iterable[TensorQuantizer], method: str | None
+    model: nn.Module, quantizers: dict[str, TensorQuantizer], method: str | None
 ) -> Iterator[None]:
     """Let each quantizer estimate its range on each forward, from none at first."""
-    weights = {id(m.weight_quantizer) for m in model.modules() if isinstance(m, QuantizedWeight)}
-    saved = [(quantizer, quantizer.observe, quantizer.spec) for quantizer in quantizers]
+    activations = set(_activations(model, quantizers).values())
+    saved = [(quantizer, quantizer.observe, quantizer.spec) for quantizer in quantizers.values()]
     try:
         for quantizer, _, spec in saved:
             quantizer.reset_range()
             quantizer.observe = "always"
-            if method is not None and id(quantizer) not in weights and spec.observer != "fixed":
+            if method is not None and quantizer in activations and spec.observer != "fixed":
                 quantizer.spec = spec.replace(observer=method)
         yield
     finally:
         for quantizer, observe, spec in saved:
             quantizer.observe, quantizer.spec = observe, spec
+
+
+def _activations(
+    model: nn.Module, quantizers: dict[str, TensorQuantizer]
+) -> dict[str, TensorQuantizer]:
+    """Return those of the quantizers that are not of weights."""
+    weights = {id(m.weight_quantizer) for m in model.modules() if isinstance(m, QuantizedWeight)}
+    return {path: each for path, each in quantizers.items() if id(each) not in weights}
+
+
+def _split_method(method: str | None) -> tuple[str | None, str | None]:
+    """Return ``(observer, calibrator)``, of which one at most is a name."""
+    if method == "max":
+        return "minmax", None
+    return (None, method) if method in CALIBRATORS else (method, None)
 
 
 def _uncompiled() -> AbstractContextManager[Any]:
@@ -298,7 +332,7 @@ def _check_options(batches: int | None, method: str | None) -> None:
         raise QatkitError(
             f"calibrate(batches={batches!r}): give a positive integer, or None for all"
         )
-    if method is not None and method not in METHODS:
+    if method is not None and not (isinstance(method, str) and method in METHODS):
         raise QatkitError(
             f"calibrate(method={method!r}): unknown method, {suggest(method, METHODS)}"
         )

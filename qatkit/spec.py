@@ -119,7 +119,7 @@ def suggest(word: str, choices: tuple[str, ...]) -> str:
 
 def check_percentile(percentile: float, where: str) -> None:
     """Raise a `QatkitError` that starts with ``where`` unless 0 <= percentile < 50."""
-    number = isinstance(percentile, int | float) and not isinstance(percentile, bool)
+    number = isinstance(percentile, (int, float)) and not isinstance(percentile, bool)
     if not number or not 0 <= percentile < 50:
         raise QatkitError(
             f"{where}(percentile={percentile!r}): percent of samples cut per tail, "

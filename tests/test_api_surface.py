@@ -24,7 +24,8 @@ SIGNATURES = {
     "QuantConfig.preset": "(name)",
     "plan": "(model, example_inputs, config=None)",
     "prepare": "(model, example_inputs, config=None)",
-    "calibrate": "(model, data, *, batches=None, method=None, progress=True)",
+    "calibrate": "(model, data, *, batches=None, method=None, percentile=99.99, "
+    "coverage=0.99, progress=True)",
     "disable_quantization": "(model, pattern='*')",
     "enable_quantization": "(model, pattern='*')",
     "freeze_ranges": "(model)",

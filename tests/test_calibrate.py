@@ -219,7 +219,7 @@ def test_batches_is_checked(batches: Any) -> None:
         calibrate(prepared(), [X], batches=batches)
 
 
-@pytest.mark.parametrize("method", ["minmx", "fixed", "entropy", 3])
+@pytest.mark.parametrize("method", ["minmx", "fixed", "entropi", 3, ["minmax"]])
 def test_method_is_checked(method: Any) -> None:
     with pytest.raises(QatkitError, match=r"unknown method, .*choose one of"):
         calibrate(prepared(), [X], method=method)

@@ -21,7 +21,17 @@ LAYERS = (
     ("quantizer",),
     ("nn", "modes"),
     ("graph",),
-    ("prepare", "batches", "calibrate", "schedule", "freeze", "summary", "checkpoint"),
+    (
+        "prepare",
+        "batches",
+        "calibrate",
+        "collecting",
+        "schedule",
+        "freeze",
+        "summary",
+        "checkpoint",
+    ),
+    ("tables",),
     ("ptq", "analysis", "export", "integer"),
     ("compat", "cli"),
 )

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from qatkit.graph.level import float_class
-from qatkit.graph.structure import map_tensors
+from qatkit.graph.structure import map_tensors, tensors
 
 
 def to_cpu_float32(value: Any) -> Any:
@@ -16,16 +16,42 @@ def to_cpu_float32(value: Any) -> Any:
     return map_tensors(value, _cpu_float32)
 
 
-def input_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return the tensor arguments by their names in the file.
+def arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments that hold tensors by name, in order.
 
     A single one is ``input``; several have the names of the parameters of the model's forward.
     """
     if len(args) == 1 and not kwargs:
         return {"input": args[0]}
-    parameters = list(inspect.signature(float_class(type(model)).forward).parameters)[1:]
-    named = dict(zip(parameters, args, strict=False)) | kwargs
-    return {name: value for name, value in named.items() if isinstance(value, Tensor)}
+    parameters = list(inspect.signature(float_class(type(model)).forward).parameters.values())[1:]
+    known = [one.name for one in parameters if one.kind is one.POSITIONAL_OR_KEYWORD]
+    names = [*known, *(f"input_{i}" for i in range(len(known), len(args)))]
+    named = dict(zip(names, args, strict=False)) | kwargs
+    return {name: value for name, value in named.items() if tensors(value)}
+
+
+def input_names(given: dict[str, Any]) -> list[str]:
+    """Return a name for each tensor in `arguments`: its argument's, numbered if that holds more."""
+    names = []
+    for name, value in given.items():
+        count = len(tensors(value))
+        names += [name] if isinstance(value, Tensor) else [f"{name}_{i}" for i in range(count)]
+    return names
+
+
+def take_tensors(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Let ``model`` take the tensors of the arguments one by one; all else in them is constant.
+
+    The exporter would turn numbers into inputs, and keywords into positions.
+    """
+    forward = model.forward
+
+    def call(*leaves: Tensor) -> Any:
+        left = iter(leaves)
+        filled = map_tensors((args, kwargs), lambda _: next(left))
+        return forward(*filled[0], **filled[1])
+
+    model.forward = call
 
 
 def output_names(result: Any) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qatkit.errors import QatkitError
+from qatkit.export.cleanup import remove_identities
 from qatkit.export.marker import DOMAIN, OPERATOR
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ class _Mark:
 def insert_qdq(model: ModelProto, *, int8_weights: bool) -> None:
     """Replace every marker by Q and DQ, in place.
 
+    Identities go first: the exporter makes them between layers with one weight.
     The same quantizer on the same tensor becomes one pair. Zero points are int8 zeros. A grid
     narrower than int8 gets a Clip in front of Q. A weight becomes float -> Q -> DQ, or with
     ``int8_weights`` int8 -> DQ. A transpose of a quantized weight is done on the weight.
@@ -43,6 +45,7 @@ def insert_qdq(model: ModelProto, *, int8_weights: bool) -> None:
     Raises:
         QatkitError: a marker is inside a subgraph.
     """
+    remove_identities(model.graph)
     _Pass(model.graph, int8_weights).run()
     for node in _all_nodes(model.graph):
         if node.domain == DOMAIN:

@@ -10,8 +10,15 @@ import torch
 from torch import nn
 
 from qatkit.errors import QatkitError, shorten
-from qatkit.export.inputs import batch_axes, input_names, output_names
+from qatkit.export.inputs import (
+    arguments,
+    batch_axes,
+    input_names,
+    output_names,
+    take_tensors,
+)
 from qatkit.export.marker import DOMAIN, exportable
+from qatkit.graph.structure import tensors
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -29,7 +36,7 @@ def trace(
     """Return what the exporter makes of ``lowered``, with marker nodes in it.
 
     Args:
-        lowered: the lowered copy.
+        lowered: the lowered copy; it takes tensors one by one afterwards.
         model: the model it was made from, for names.
         args: positional arguments, float32 on the CPU.
         kwargs: keyword arguments.
@@ -41,24 +48,36 @@ def trace(
     """
     import onnx
 
-    inputs = input_names(model, args, kwargs)
+    inputs = arguments(model, args, kwargs)
     buffer: Any = io.BytesIO()
     with exportable(opset):
-        outputs = output_names(lowered(*args, **kwargs))
+        outputs = output_names(_run(lowered, args, kwargs, type(model).__name__))
+        take_tensors(lowered, args, kwargs)
         with _one_line_errors(type(model).__name__, opset):
             torch.onnx.export(
                 lowered,
-                args,
+                tuple(tensors((args, kwargs))),
                 buffer,
-                kwargs=kwargs,
                 opset_version=opset,
                 dynamo=False,
-                input_names=list(inputs),
+                input_names=input_names(inputs),
                 output_names=list(outputs),
                 dynamic_axes=batch_axes(inputs, outputs, dynamic=dynamic_batch),
                 custom_opsets={DOMAIN: 1},
             )
     return onnx.load_model_from_string(buffer.getvalue())
+
+
+def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
+    try:
+        return model(*args, **kwargs)
+    except QatkitError:
+        raise
+    except Exception as error:
+        raise QatkitError(
+            f"{name}: does not run on example_inputs ({shorten(str(error), 160)}); "
+            "give what it was prepared with"
+        ) from None
 
 
 @contextlib.contextmanager

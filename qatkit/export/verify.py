@@ -138,12 +138,26 @@ def verify_onnx(path: str | os.PathLike[str], model: nn.Module, inputs: Any) -> 
     clone = copy.deepcopy(model).eval().float().cpu()
     args, kwargs = split_inputs(inputs)
     args, kwargs = to_cpu_float32(args), to_cpu_float32(kwargs)
-    with torch.no_grad(), _watch(clone) as seen:
+    with torch.no_grad(), _watch(clone) as seen, _one_line_errors(model):
         outputs = tensors(clone(*args, **kwargs))
     feeds = _feeds(proto, tensors((args, kwargs)), path)
     checks = [*_activations(proto, seen, feeds, path), *_weights(proto, clone)]
     end_to_end = _run(proto, feeds, path)
     return _report(checks, outputs, end_to_end)
+
+
+@contextmanager
+def _one_line_errors(model: nn.Module) -> Iterator[None]:
+    """Say in one line that the inputs are wrong."""
+    try:
+        yield
+    except QatkitError:
+        raise
+    except Exception as error:
+        raise QatkitError(
+            f"{type(model).__name__}: does not run on the inputs ({shorten(str(error))}); "
+            "give what it was prepared with"
+        ) from None
 
 
 @contextmanager
@@ -239,10 +253,18 @@ def _weights(proto: ModelProto, model: nn.Module) -> list[QuantizerCheck]:
             else _quantize(source, arrays)
         )
         wanted = codes_of.numpy()
-        if codes.shape != wanted.shape:
+        if any(_reads_transposed(reader, node.output[0]) for reader in proto.graph.node):
             wanted = wanted.T
         checks.append(_compare(name, wanted, codes))
     return checks
+
+
+def _reads_transposed(reader: NodeProto, weight: str) -> bool:
+    """Tell whether a node reads ``weight`` as (C_in, C_out), the other way than a linear layer."""
+    if weight not in reader.input:
+        return False
+    swapped = any(attribute.name == "transB" and attribute.i for attribute in reader.attribute)
+    return reader.op_type == "MatMul" or (reader.op_type == "Gemm" and not swapped)
 
 
 def _quantize(node: NodeProto, arrays: dict[str, Any]) -> Array:

@@ -111,7 +111,7 @@ def _template(value: Any, is_leaf: type | tuple[type, ...], leaves: list[Any]) -
         return ("const", value)
     if type(value) in (tuple, list):
         return (type(value).__name__, *(_template(item, is_leaf, leaves) for item in value))
-    if isinstance(value, dict) and all(isinstance(key, str | int) for key in value):
+    if isinstance(value, dict) and all(isinstance(key, (str, int)) for key in value):
         return ("dict", *((key, _template(item, is_leaf, leaves)) for key, item in value.items()))
     items = (_template(item, is_leaf, leaves) for item in opaque_items(value))
     return ("opaque", type(value).__name__, *items)
@@ -128,7 +128,7 @@ def opaque_items(value: Any) -> list[Any]:
     """
     if isinstance(value, dict):
         return list(value.values())
-    if isinstance(value, tuple | list):
+    if isinstance(value, (tuple, list)):
         return list(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return list(vars(value).values())

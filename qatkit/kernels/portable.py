@@ -197,18 +197,16 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, scale: Tensor | float, zero_point: Tensor | int, low: int, high: int
+        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int
     ) -> Tensor:
-        ctx.save_for_backward(x, *(v for v in (scale, zero_point) if isinstance(v, Tensor)))
-        ctx.plain = [None if isinstance(v, Tensor) else v for v in (scale, zero_point)]
+        ctx.save_for_backward(x, scale, zero_point)
         ctx.low, ctx.high = low, high
         shifted = (codes(x, scale) + zero_point).clamp_(low, high)
         return (shifted - zero_point).mul_(scale).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-        x, *saved = ctx.saved_tensors
-        scale, zero_point = (saved.pop(0) if v is None else v for v in ctx.plain)
+        x, scale, zero_point = ctx.saved_tensors
         shifted = codes(x, scale) + zero_point
         inside = (shifted >= ctx.low) & (shifted <= ctx.high)
         return torch.where(inside, grad, 0.0), None, None, None, None
@@ -235,6 +233,10 @@ def fake_quantize(
     axis: int | None,
 ) -> Tensor:
     """Fake-quantize ``x`` with tensor operations only."""
+    if not isinstance(scale, Tensor):
+        scale = torch.full((), scale, dtype=torch.float32, device=x.device)
+    if not isinstance(zero_point, Tensor):
+        zero_point = torch.full((), zero_point, dtype=torch.int32, device=x.device)
     wide, shift = along(scale, x, axis), along(zero_point, x, axis)
     result: Tensor = _FakeQuantize.apply(x, wide, shift, quant_min, quant_max)
     return result

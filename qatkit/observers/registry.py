@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import MappingProxyType
 
 from qatkit.observers.estimators import (
     estimate_channel_mean,
@@ -32,4 +31,4 @@ _ALL = (
     Observer("fixed", estimate_fixed, remember_fixed),
 )
 
-OBSERVERS: Mapping[str, Observer] = MappingProxyType({each.name: each for each in _ALL})
+OBSERVERS: Mapping[str, Observer] = {each.name: each for each in _ALL}

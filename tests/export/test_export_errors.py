@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from pathlib import Path
 
@@ -35,7 +34,7 @@ def exported(model, path, x=X, **more):
 
 
 def fails(model, path, message, x=X, **more):
-    """Export must fail in one line, with the model, the file and PyTorch's settings as they were."""
+    """Export must fail in one line; model, files and PyTorch's settings are as they were."""
     before = snapshot(model) if isinstance(model, nn.Module) else None
     there = contents(Path(path).parent)
     with pytest.raises(QatkitError, match=message) as error:
@@ -143,10 +142,10 @@ def test_weights(tmp_path, weights):
 
 def test_paths(tmp_path):
     model = ready(network())
-    fails(model, tmp_path, "is a directory")
-    fails(model, tmp_path / "missing" / "a.onnx", "does not exist")
+    fails(model, tmp_path, "is a folder")
+    fails(model, tmp_path / "missing" / "a.onnx", "cannot be written")
     (tmp_path / "file").write_text("")
-    fails(model, tmp_path / "file" / "a.onnx", "does not exist|not a directory")
+    fails(model, tmp_path / "file" / "a.onnx", "cannot be written")
 
 
 def test_unwritable_directory(tmp_path):
@@ -156,7 +155,7 @@ def test_unwritable_directory(tmp_path):
     try:
         if os.access(folder, os.W_OK):
             pytest.skip("runs as root")
-        fails(ready(network()), folder / "a.onnx", "not writable")
+        fails(ready(network()), folder / "a.onnx", "cannot be written")
     finally:
         folder.chmod(0o700)
 
@@ -176,7 +175,6 @@ class GridSample(nn.Module):
         self.f = nn.Conv2d(3, 4, 1)
 
     def forward(self, x):
-        n, _, h, w = x.shape
         grid = x.new_zeros(2, 8, 8, 2)
         return F.grid_sample(self.f(x), grid, align_corners=False)
 
@@ -213,7 +211,7 @@ def test_an_exception_of_the_users_code(tmp_path):
 
 @pytest.mark.parametrize("inputs", [torch.zeros(2, 5, 8, 8), (X, X), {"wrong": X}, None, "x", ()])
 def test_wrong_inputs(tmp_path, inputs):
-    fails(ready(network()), tmp_path / "a.onnx", "", x=inputs)
+    fails(ready(network()), tmp_path / "a.onnx", "Sequential: does not run|got NoneType", x=inputs)
 
 
 def test_a_failing_verification_leaves_the_file_before(tmp_path, monkeypatch):
@@ -251,4 +249,3 @@ def test_interrupts_are_not_swallowed_and_leave_nothing(tmp_path):
         exported(model, tmp_path / "a.onnx")
     unchanged(before, snapshot(model))
     assert list(tmp_path.iterdir()) == []
-    assert copy.deepcopy(model) is not None

@@ -17,6 +17,7 @@ from torchvision.ops import FrozenBatchNorm2d
 import qatkit
 from qatkit import QuantConfig, QuantSpec, Rule
 from qatkit.config import WEIGHT
+from qatkit.graph.capture import split_inputs
 from qatkit.modes import quantizers
 
 X = torch.randn(2, 4, 9, 9)
@@ -37,7 +38,7 @@ def export(model, path, x=X, config=None, **more):
     """Prepare, calibrate and export; the file must be right, whatever the model."""
     settle(model)
     qatkit.prepare(model, x, config)
-    qatkit.calibrate(model, [x], progress=False)
+    observe(model, x)
     report = qatkit.export_onnx(model, x, path, **more)
     assert report.verify.ok, str(report)
     assert report.verify.outputs > 0
@@ -46,6 +47,21 @@ def export(model, path, x=X, config=None, **more):
     proto = onnx.load(path)
     assert not [node for node in proto.graph.node if node.op_type == "BatchNormalization"]
     return proto, report
+
+
+def observe(model, x):
+    """Give the quantizers the ranges of ``x``, whatever its form is."""
+    args, kwargs = split_inputs(x)
+    for _, quantizer in quantizers(model):
+        quantizer.observe = "always"
+    with torch.no_grad(), qatkit.disable_quantization(model):
+        model(*args, **kwargs)
+    for _, quantizer in quantizers(model):
+        quantizer.observe = "training"
+
+
+def conv_bn_conv():
+    return nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 2, 1))
 
 
 def kinds(proto):
@@ -73,13 +89,14 @@ def dequantized_weight(proto, name):
 
 def test_folded_codes_and_bias_against_float64(tmp_path):
     """gamma < 0, gamma = 0 and a folded weight of 1e-30: same codes as before the fold."""
-    model = settle(nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 2, 1)))
+    model = settle(conv_bn_conv())
     conv, norm = model[0], model[1]
     with torch.no_grad():
         norm.weight.copy_(torch.tensor([1.0, -0.7, 0.0, 1e-30, -1e-30, 1e-38]))
     weight, bias = (p.detach().double().numpy() for p in (conv.weight, conv.bias))
     gamma, beta, mean, var = (
-        t.detach().double().numpy() for t in (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+        t.detach().double().numpy()
+        for t in (norm.weight, norm.bias, norm.running_mean, norm.running_var)
     )
     qatkit.prepare(model, X)
     qatkit.calibrate(model, [X], progress=False)
@@ -90,7 +107,9 @@ def test_folded_codes_and_bias_against_float64(tmp_path):
     proto = onnx.load(path)
     factor = gamma / np.sqrt(var + norm.eps)
     amax = np.abs(weight).max((1, 2, 3))
-    codes = np.rint(weight.astype(np.float32) / (amax / 127).astype(np.float32)[:, None, None, None])
+    codes = np.rint(
+        weight.astype(np.float32) / (amax / 127).astype(np.float32)[:, None, None, None]
+    )
     found, scale, axis = dequantized_weight(proto, "0")
     assert axis == 0
     assert np.isfinite(scale).all()
@@ -98,7 +117,9 @@ def test_folded_codes_and_bias_against_float64(tmp_path):
     for c in range(6):
         expected = codes[c] * (amax[c] / 127) * factor[c]
         if abs(expected).max() > 1e-35:
-            np.testing.assert_array_equal(np.rint(found[c] / scale[c]), codes[c] * np.sign(factor[c]))
+            np.testing.assert_array_equal(
+                np.rint(found[c] / scale[c]), codes[c] * np.sign(factor[c])
+            )
         np.testing.assert_allclose(found[c], expected, rtol=1e-6, atol=1e-37)
     node = next(n for n in proto.graph.node if n.op_type == "Conv")
     np.testing.assert_allclose(
@@ -112,7 +133,9 @@ def test_folded_codes_and_bias_against_float64(tmp_path):
 def test_transposed_convolution_with_batch_norm(tmp_path, groups, bias, axis):
     layer = nn.ConvTranspose2d(4, 8, 3, 2, 1, 1, groups=groups, bias=bias)
     model = nn.Sequential(layer, nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 2, 1))
-    proto, _ = export(model, tmp_path / "a.onnx", config=QuantConfig(weight=WEIGHT.replace(axis=axis)))
+    proto, _ = export(
+        model, tmp_path / "a.onnx", config=QuantConfig(weight=WEIGHT.replace(axis=axis))
+    )
     _, scale, _ = dequantized_weight(proto, "0")
     assert scale.shape == ()
     assert not kinds(proto)["Mul"]
@@ -184,6 +207,14 @@ def test_linear(tmp_path, shape, bias, weights):
             assert axis == (0 if transposed else 1)
 
 
+@pytest.mark.parametrize("shape", [(3, 6), (3, 5, 6)])
+@pytest.mark.parametrize("axis", [0, None])
+def test_square_linear(tmp_path, shape, axis):
+    """The shape does not tell whether a square weight lies transposed in the file."""
+    config = QuantConfig(weight=WEIGHT.replace(axis=axis))
+    export(nn.Sequential(nn.Linear(6, 6)), tmp_path / "a.onnx", torch.randn(shape), config)
+
+
 def test_linear_with_batch_norm(tmp_path):
     model = nn.Sequential(nn.Linear(6, 7), nn.BatchNorm1d(7), nn.ReLU(), nn.Linear(7, 2))
     proto, _ = export(model, tmp_path / "a.onnx", torch.randn(5, 6))
@@ -198,14 +229,22 @@ def test_linear_in_three_dimensions_with_batch_norm_over_axis_1(tmp_path):
 
 @pytest.mark.parametrize(
     ("padding", "mode"),
-    [(1, "zeros"), ("same", "zeros"), ("valid", "zeros"), (1, "circular"), (2, "reflect"), (1, "replicate"),
-     ("same", "circular")],
+    [
+        (1, "zeros"),
+        ("same", "zeros"),
+        ("valid", "zeros"),
+        (1, "circular"),
+        (2, "reflect"),
+        (1, "replicate"),
+        ("same", "circular"),
+    ],
 )
 def test_padding(tmp_path, padding, mode):
     layer = nn.Conv2d(4, 6, 3, padding=padding, padding_mode=mode, dilation=1)
     export(nn.Sequential(layer, nn.BatchNorm2d(6), nn.ReLU()), tmp_path / "a.onnx")
 
 
+@pytest.mark.filterwarnings("ignore:Using padding=.same.:UserWarning")
 @pytest.mark.parametrize("size", [2, 4])
 def test_uneven_same_padding(tmp_path, size):
     export(nn.Sequential(nn.Conv2d(4, 6, size, padding="same"), nn.ReLU()), tmp_path / "a.onnx")
@@ -213,7 +252,10 @@ def test_uneven_same_padding(tmp_path, size):
 
 @pytest.mark.parametrize("dimensions", [1, 3])
 def test_other_dimensions(tmp_path, dimensions):
-    kind = {1: (nn.Conv1d, nn.BatchNorm1d, nn.ConvTranspose1d), 3: (nn.Conv3d, nn.BatchNorm3d, nn.ConvTranspose3d)}
+    kind = {
+        1: (nn.Conv1d, nn.BatchNorm1d, nn.ConvTranspose1d),
+        3: (nn.Conv3d, nn.BatchNorm3d, nn.ConvTranspose3d),
+    }
     conv, norm, transposed = kind[dimensions]
     model = nn.Sequential(conv(4, 6, 3), norm(6), nn.ReLU(), transposed(6, 4, 2, 2), norm(4))
     export(model, tmp_path / "a.onnx", torch.randn(2, 4, *[6] * dimensions))
@@ -240,7 +282,7 @@ def test_batch_norm_that_no_layer_takes(tmp_path):
 
 
 def test_disabled_quantizers_are_not_in_the_file(tmp_path):
-    model = settle(nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 2, 1)))
+    model = settle(conv_bn_conv())
     qatkit.prepare(model, X)
     qatkit.calibrate(model, [X], progress=False)
     qatkit.disable_quantization(model, "0").apply()
@@ -255,7 +297,9 @@ def test_disabled_quantizers_are_not_in_the_file(tmp_path):
 
 
 def test_rules(tmp_path):
-    model = nn.Sequential(nn.Conv2d(4, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 1), nn.ReLU(), nn.Conv2d(6, 2, 1))
+    model = nn.Sequential(
+        nn.Conv2d(4, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 1), nn.ReLU(), nn.Conv2d(6, 2, 1)
+    )
     config = QuantConfig(rules=(Rule("0", enabled=False), Rule("2", num_bits=4)))
     proto, report = export(model, tmp_path / "a.onnx", config=config)
     assert report.quantize_nodes == 4
@@ -301,6 +345,34 @@ def test_inputs_and_outputs(tmp_path, form, names, inputs):
             assert value.type.tensor_type.shape.dim[0].dim_param == "batch"
 
 
+def test_lists_and_dicts_of_tensors_as_inputs(tmp_path):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.f = nn.Conv2d(4, 6, 1)
+
+        def forward(self, images, more, scale=1.0):
+            return [self.f(image) * scale for image in images], self.f(more["x"])
+
+    inputs = ([torch.randn(4, 5, 6), torch.randn(4, 7, 8)], {"x": X}, 0.5)
+    proto, report = export(Net(), tmp_path / "a.onnx", inputs)
+    assert [one.name for one in proto.graph.input] == ["images_0", "images_1", "more_0"]
+    assert report.verify.outputs == 6 * (30 + 56 + 162)
+
+
+def test_any_number_of_positional_inputs(tmp_path):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.f = nn.Conv2d(4, 6, 1)
+
+        def forward(self, *images):
+            return sum(self.f(image) for image in images)
+
+    proto, _ = export(Net(), tmp_path / "a.onnx", (X, X + 1, X * 2))
+    assert len(proto.graph.input) == 3
+
+
 def test_integer_and_boolean_inputs(tmp_path):
     class Net(nn.Module):
         def __init__(self):
@@ -316,7 +388,7 @@ def test_integer_and_boolean_inputs(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_models_in_other_dtypes_become_float32_files(tmp_path, dtype):
-    model = settle(nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 2, 1)))
+    model = settle(conv_bn_conv())
     qatkit.prepare(model, X)
     qatkit.calibrate(model, [X], progress=False)
     model.to(dtype)
@@ -359,13 +431,15 @@ def test_attention_at_opset_13(tmp_path):
 
 @pytest.mark.parametrize("opset", [13, 14, 15, 16, 17, 18, 19, 20])
 def test_opsets(tmp_path, opset):
-    model = nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.SiLU(), nn.Flatten(), nn.Linear(294, 3))
+    model = nn.Sequential(
+        nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.SiLU(), nn.Flatten(), nn.Linear(294, 3)
+    )
     proto, report = export(model, tmp_path / "a.onnx", opset=opset)
     assert [(entry.domain, entry.version) for entry in proto.opset_import] == [("", opset)]
     assert report.opset == opset
 
 
-def test_shared_batch_norm_and_weight_tying(tmp_path):
+def test_tied_weights(tmp_path):
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
@@ -379,9 +453,8 @@ def test_shared_batch_norm_and_weight_tying(tmp_path):
     assert report.quantize_nodes == 4
 
 
-def test_gpu_free_trained_model(tmp_path):
-    """Ranges of training, not of calibration."""
-    model = settle(nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 2, 1)))
+def test_ranges_of_training(tmp_path):
+    model = settle(conv_bn_conv())
     qatkit.prepare(model, X).train()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     for _ in range(3):

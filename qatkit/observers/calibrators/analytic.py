@@ -47,7 +47,7 @@ def laplace_clip(steps: int) -> float:
     """Return the optimal threshold in units of b, for ``steps`` from 0 to the threshold.
 
     >>> [round(laplace_clip(2 ** (bits - 1)), 2) for bits in (2, 3, 4, 8)]
-    [2.83, 3.89, 5.03, 9.9]
+    [2.83, 3.9, 5.03, 9.9]
     """
     return _root(lambda z: math.exp(-z) - z / (12 * steps**2))
 

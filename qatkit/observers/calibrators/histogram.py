@@ -1,4 +1,4 @@
-"""A checked histogram with the settings of a calibrator, and what several calibrators need of it."""
+"""A checked histogram and the settings of a calibrator, with what several calibrators need."""
 
 from __future__ import annotations
 
@@ -26,12 +26,14 @@ class Settings:
         unsigned: codes from 0.
         percentile: percent of the samples to keep, for ``percentile``.
         coverage: share of the samples to keep, for the two-pointer methods.
+        deviations: half width of the range in standard deviations, for ``sigma``.
     """
 
     num_bits: int = 8
     unsigned: bool = False
     percentile: float = 99.99
     coverage: float = 0.99
+    deviations: float = 3.0
 
     @property
     def levels(self) -> int:

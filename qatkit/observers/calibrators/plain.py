@@ -1,7 +1,7 @@
 """Thresholds read off a histogram: the largest magnitude, a percentile, mean and deviation.
 
-Source: NVIDIA pytorch-quantization, ``calib/histogram.py`` (percentile); TI edgeai-modeloptimization,
-    ``range_utils.py`` (sigma).
+Source: NVIDIA pytorch-quantization, ``calib/histogram.py`` (percentile); TI
+    edgeai-modeloptimization, ``range_utils.py`` (sigma).
 """
 
 from __future__ import annotations
@@ -11,9 +11,6 @@ import math
 import numpy as np
 
 from qatkit.observers.calibrators.histogram import Histogram, Settings
-
-DEVIATIONS = 3.0
-"""Half width of the range of ``sigma``, in standard deviations."""
 
 
 def max_threshold(histogram: Histogram, settings: Settings) -> float:
@@ -41,7 +38,9 @@ def percentile_threshold(histogram: Histogram, settings: Settings) -> float:
 
 
 def sigma_threshold(histogram: Histogram, settings: Settings) -> float:
-    """Return ``max(|mean - 3 std|, |mean + 3 std|)``, at most the largest magnitude.
+    """Return ``max(|mean - d std|, |mean + d std|)``, at most the largest magnitude.
+
+    There are ``d = 3`` deviations unless the settings say otherwise.
 
     The moments are those of the sample (n - 1), of a histogram of x or of |x|, whatever is given.
 
@@ -53,5 +52,5 @@ def sigma_threshold(histogram: Histogram, settings: Settings) -> float:
     total = counts.sum()
     mean = float(counts @ centers / total)
     variance = float(counts @ np.square(centers - mean)) / max(total - 1.0, 1.0)
-    reach = DEVIATIONS * math.sqrt(variance)
+    reach = settings.deviations * math.sqrt(variance)
     return min(max(abs(mean - reach), abs(mean + reach)), histogram.top)

@@ -33,26 +33,28 @@ class Calibrator:
         source: the histogram that it wants: of |x| (``magnitude``), of |x| without zeros in bins
             around the multiples of the width (``rounded``), of x (``signed``), or built as the
             original does (``growing``, ``growing-signed``).
+        bins: how many bins it wants at most, of those that are made for it.
     """
 
     name: str
     threshold: Callable[[Histogram, Settings], float]
     source: Source
+    bins: int = 2048
 
 
 _ALL = (
-    Calibrator("max", max_threshold, "signed"),
-    Calibrator("percentile", percentile_threshold, "magnitude"),
+    Calibrator("max", max_threshold, "signed", 8192),
+    Calibrator("percentile", percentile_threshold, "magnitude", 4096),
     Calibrator("entropy", entropy_threshold, "magnitude"),
     Calibrator("entropy-exact", exact_entropy_threshold, "growing"),
     Calibrator("kld", kld_threshold, "rounded"),
     Calibrator("kld-document", document_kld_threshold, "rounded"),
     Calibrator("mse", mse_threshold, "magnitude"),
-    Calibrator("two-pointer", two_pointer_threshold, "signed"),
+    Calibrator("two-pointer", two_pointer_threshold, "signed", 128),
     Calibrator("two-pointer-exact", exact_two_pointer_threshold, "growing-signed"),
-    Calibrator("sigma", sigma_threshold, "signed"),
-    Calibrator("aciq", aciq_threshold, "magnitude"),
-    Calibrator("octav", octav_threshold, "magnitude"),
+    Calibrator("sigma", sigma_threshold, "signed", 8192),
+    Calibrator("aciq", aciq_threshold, "magnitude", 4096),
+    Calibrator("octav", octav_threshold, "magnitude", 4096),
 )
 
 CALIBRATORS: Mapping[str, Calibrator] = MappingProxyType({each.name: each for each in _ALL})
@@ -93,11 +95,10 @@ def histogram_threshold(
     1.0
     >>> histogram_threshold([90, 9, 1], [0.0, 1.0, 2.0, 3.0], "maximum")
     Traceback (most recent call last):
-    qatkit.errors.QatkitError: histogram_threshold(method='maximum'): unknown method, choose one of
-    ...
+    qatkit.errors.QatkitError: histogram_threshold(method='maximum'): unknown method, did ...
     """
     where = "histogram_threshold"
-    if method not in CALIBRATORS:
+    if not isinstance(method, str) or method not in CALIBRATORS:
         remedy = suggest(method, tuple(CALIBRATORS))
         raise QatkitError(f"{where}(method={method!r}): unknown method, {remedy}")
     calibrator = CALIBRATORS[method]

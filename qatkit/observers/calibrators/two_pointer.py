@@ -2,7 +2,7 @@
 
 | | ``two-pointer`` | ``two-pointer-exact`` |
 |---|---|---|
-| goes on while | the share kept after the next bin is at least the coverage | that before it is above |
+| goes on while | the share left after it is >= the coverage | the share left before it is > it |
 | right end | right edge of its bin | left edge of its bin |
 
 At equal counts the right pointer moves. The threshold is the larger magnitude of the two ends; a
