@@ -214,9 +214,14 @@ def require_match(pattern: str, paths: Iterable[str], where: str) -> None:
     hint = (
         f"write '*.{pattern}' to hit {deeper[0]!r}"
         if deeper
-        else suggest(pattern, tuple(known[:8]))
+        else suggest(pattern, _modules(known))
     )
     raise QatkitError(f"{where}: the glob matches no module path of the model; {hint}")
+
+
+def _modules(paths: list[str]) -> tuple[str, ...]:
+    """Return a few paths of modules, to show what there is."""
+    return tuple(path for path in paths if path and not path.endswith("quantizer"))[:8]
 
 
 def _checked_rules(rules: object) -> tuple[Rule, ...]:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -81,10 +85,10 @@ def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: 
 
 
 @contextlib.contextmanager
-def _one_line_errors(name: str, opset: int) -> Any:
+def _one_line_errors(name: str, opset: int) -> Iterator[None]:
     """Turn what the exporter raises into one line, and keep it from printing whole graphs."""
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
+        with _stdout_kept_unless_failing():
             yield
     except QatkitError:
         raise
@@ -98,3 +102,27 @@ def _one_line_errors(name: str, opset: int) -> Any:
             f"{name}: PyTorch's ONNX exporter fails ({shorten(str(error), 200)}); "
             "see that the float model exports with torch.onnx.export(dynamo=False)"
         ) from None
+
+
+@contextlib.contextmanager
+def _stdout_kept_unless_failing() -> Iterator[None]:
+    """Hold back what is printed, by C++ code too, and print it at the end; after an error drop it.
+
+    PyTorch prints the whole graph, thousands of lines, before it raises.
+    """
+    sys.stdout.flush()
+    try:
+        terminal = os.dup(1)
+    except OSError:  # no standard output, so nothing to hold back
+        yield
+        return
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 1)
+        try:
+            yield
+            sys.stdout.flush()
+            held.seek(0)
+            os.write(terminal, held.read())
+        finally:
+            os.dup2(terminal, 1)
+            os.close(terminal)

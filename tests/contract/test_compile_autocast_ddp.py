@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import socket
 
 import pytest
@@ -17,6 +18,7 @@ def compiled(model, backend):
     return torch.compile(model, fullgraph=True, backend=backend)
 
 
+@pytest.mark.slow
 def test_compiles_in_eval(classifier):
     case = classifier.float
     model = classifier.copy().eval()
@@ -31,7 +33,8 @@ def test_compiles_in_training(classifier):
     case = classifier.float
     loss, gradients, _ = classifier.trained
     model = classifier.copy()
-    found, others = train_step(case, compiled(model, "aot_eager"))
+    backend = "aot_eager" if case.name in ("resnet18", "mobilenet_v2") else "eager"
+    found, others = train_step(case, compiled(model, backend))
     assert torch.isfinite(found)
     assert {name.removeprefix("_orig_mod.") for name in others} == gradients.keys()
     if not _is_random(model):
@@ -76,6 +79,20 @@ class Small(nn.Module):
         x = self.stem(x)
         x = torch.relu(x + self.body(x))
         return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_small_model_compiles(training):
+    x = torch.randn(2, 3, 16, 16)
+    model = qatkit.prepare(Small(), x)
+    qatkit.calibrate(model, [x], progress=False)
+    model.train(training)
+    expected = copy.deepcopy(model)(x)
+    found = compiled(model, "eager")(x)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    if training:
+        found.sum().backward()
+        assert all(torch.isfinite(p.grad).all() for p in model.parameters())
 
 
 def _worker(rank, port, path):

@@ -9,6 +9,8 @@ Source: NVIDIA pytorch-quantization 2.2.1, ``calib/histogram.py``; ``numpy.histo
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -19,8 +21,11 @@ from qatkit.observers.calibrators.samples import Extremes, finite_samples
 MOST_BINS = 1 << 17
 _SMALLEST = 2.0**-100
 """Below this a tensor cannot set a width: it counts as zeros."""
+_LARGEST = 2.0**127
 _CHUNK = 1 << 23
 """``torch.histc`` counts in float32, which is exact up to 2^24."""
+_CPU_CHUNK = 1 << 15
+"""``torch.histc`` shares out larger ones to threads, which costs more than it gains."""
 
 
 class GrowingHistogram:
@@ -57,9 +62,10 @@ class GrowingHistogram:
             self._start(largest, x.device)
         elif largest > self._last:
             self._grow(largest)
-        flat = x.abs().flatten()
-        for start in range(0, flat.numel(), _CHUNK):
-            part = flat[start : start + _CHUNK]
+        flat = x.flatten()
+        size = _CPU_CHUNK if x.device.type == "cpu" else _CHUNK
+        for start in range(0, flat.numel(), size):
+            part = flat[start : start + size].abs()
             new = torch.histc(part, bins=len(self._counts), min=0.0, max=float(self._last))
             self._counts += new.to(torch.int64)
 
@@ -115,7 +121,8 @@ class GrowingSignedHistogram:
         if self._edges is None and max(-low, high) < _SMALLEST:
             self._zeros += x.numel()
             return
-        samples = x.flatten().cpu().numpy()
+        # In float32, as the original, unless the width of the range is no float32.
+        samples = (x if high - low < _LARGEST else x.double()).flatten().cpu().numpy()
         if self._edges is None:
             self._start(samples)
             return
@@ -129,9 +136,9 @@ class GrowingSignedHistogram:
             return Histogram(np.array([self._zeros], np.int64), np.zeros(2))
         return Histogram(self._counts, self._edges)
 
-    def _start(self, samples: np.ndarray[tuple[int], np.dtype[np.float32]]) -> None:
+    def _start(self, samples: np.ndarray[Any, Any]) -> None:
         # Zeros that came before are outside the range unless one is put into it.
-        zero = np.zeros(int(self._zeros > 0), np.float32)
+        zero = np.zeros(int(self._zeros > 0), samples.dtype)
         counts, edges = np.histogram(np.concatenate((samples, zero)), self._first_bins)
         self._counts, self._edges = counts.astype(np.int64), edges.astype(np.float64)
         if self._zeros:

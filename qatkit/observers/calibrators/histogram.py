@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
+from torch import Tensor
 
 from qatkit.errors import QatkitError
 
@@ -109,8 +110,7 @@ def checked(counts: object, bin_edges: object, where: str) -> Histogram:
         raise QatkitError(
             f"{where}: bin_edges[{odd + 1}] is below bin_edges[{odd}], give ascending edges"
         )
-    exact = np.array(counts)
-    return Histogram(exact.astype(np.int64), edges)
+    return Histogram(_array(counts).astype(np.int64), edges)
 
 
 def check_settings(settings: Settings, where: str) -> None:
@@ -137,9 +137,13 @@ def _within(number: object, most: float) -> bool:
     return plain and 0 < number <= most and math.isfinite(number)  # type: ignore[operator, arg-type]
 
 
+def _array(values: object) -> np.ndarray[Any, Any]:
+    return np.array(values.detach().cpu().numpy() if isinstance(values, Tensor) else values)
+
+
 def _floats(values: object, where: str) -> Floats:
     try:
-        array = np.array(values, dtype=np.float64)
+        array = _array(values).astype(np.float64)
     except (TypeError, ValueError):
         raise QatkitError(f"{where}: a {type(values).__name__}, give an array of numbers") from None
     if array.ndim != 1 or not np.isfinite(array).all():

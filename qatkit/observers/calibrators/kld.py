@@ -31,6 +31,8 @@ def kld_threshold(histogram: Histogram, settings: Settings) -> float:
 def document_kld_threshold(histogram: Histogram, settings: Settings) -> float:
     """Return the threshold as the document has it."""
     bins = len(histogram.counts)
+    if bins == 1:
+        return histogram.top
     absmax = (bins - 1) * histogram.width
     cut = min(_best_cut(histogram, settings, full_range=False), bins)
     return (cut + 0.5) * absmax / bins
