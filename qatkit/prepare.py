@@ -151,6 +151,7 @@ def _swap_layers(wanted: Plan, modules: dict[str, nn.Module]) -> None:
         if isinstance(module, QuantizedWeight):
             module.attach_weight(weights[f"{layer.path}.weight_quantizer"])
             module.weight_quantizer.name = f"{layer.path}.weight_quantizer"
+            module.weight_quantizer.training = module.training
             if layer.batch_norm is not None and wanted.config.fold_batch_norm:
                 module.fold(modules[layer.batch_norm])
 
@@ -167,7 +168,7 @@ def _attach_activations(wanted: Plan, model: nn.Module) -> None:
         device = next((parameter.device for parameter in owner.parameters()), default)
         quantizer = made[entry.path] = TensorQuantizer(entry.spec, device=device)
         quantizer.name = entry.path
-        quantizer.training = model.training
+        quantizer.training = owner.training
         for path in (entry.path, *entry.aliases):
             parent, _, name = path.rpartition(".")
             module = model.get_submodule(parent)

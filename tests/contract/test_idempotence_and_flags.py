@@ -66,9 +66,9 @@ def test_plan_and_prepare_keep_training_flags_and_everything_else(case, mode):
     assert torch.equal(torch.get_rng_state(), numbers)
     assert all(torch.equal(model.state_dict()[key], value) for key, value in state.items())
     assert qatkit.plan(model, case.float.inputs) == plan
-    for path, quantizer in quantizers(model):
-        owner = model.get_submodule(path.rpartition(".")[0])
-        assert quantizer.training == owner.training, path
+    for _, quantizer in quantizers(model):
+        owner = model.get_submodule(quantizer.name.rpartition(".")[0])
+        assert quantizer.training == owner.training, quantizer.name
 
 
 def test_a_prepared_model_in_eval_mode_observes_nothing(case):
