@@ -212,9 +212,7 @@ def require_match(pattern: str, paths: Iterable[str], where: str) -> None:
         return
     deeper = [path for path in known if path.rsplit(".", 1)[-1] == pattern]
     hint = (
-        f"write '*.{pattern}' to hit {deeper[0]!r}"
-        if deeper
-        else suggest(pattern, _modules(known))
+        f"write '*.{pattern}' to hit {deeper[0]!r}" if deeper else suggest(pattern, _modules(known))
     )
     raise QatkitError(f"{where}: the glob matches no module path of the model; {hint}")
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qatkit.export.lint import Finding, count_levels
-from qatkit.export.verify import VerifyReport
+from qatkit.export.verify_report import VerifyReport
 
 
 @dataclass(frozen=True)
