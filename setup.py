@@ -13,7 +13,16 @@ VISION = ["torchvision>=0.21", "scikit-learn", "tqdm", "pillow"]
 REPORT = ["matplotlib"]
 SAVE = ["safetensors>=0.4"]
 ALL = [*ONNX, *VISION, *REPORT, *SAVE]
-DEV = [*ALL, "pytest>=8.2", "hypothesis", "mypy>=1.11", "ruff>=0.9", "build", "setuptools>=77"]
+DEV = [
+    *ALL,
+    "pytest>=8.2",
+    "pytest-xdist",
+    "hypothesis",
+    "mypy>=1.11",
+    "ruff>=0.9",
+    "build",
+    "setuptools>=77",
+]
 
 setup(
     name="qatkit",

@@ -5,4 +5,5 @@ source "$(dirname "${BASH_SOURCE[0]}")/_setup.sh" dev
 python -m ruff check .
 python -m ruff format --check .
 python -m mypy --strict qatkit
-exec python -m pytest -q "$@"
+export OMP_NUM_THREADS=1 # two processes on two cores: threads would only get in their way
+exec python -m pytest -q -n 2 --dist loadgroup "$@"

@@ -41,6 +41,14 @@ class Prepared:
         return *train_step(self.float, model), model.state_dict()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let one process run all tests of one model, which is built and prepared once."""
+    for item in items:
+        model = item.callspec.params.get("case") if hasattr(item, "callspec") else None
+        if isinstance(model, str):
+            item.add_marker(pytest.mark.xdist_group(model))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()

@@ -31,9 +31,11 @@ def test_compiles_in_eval(classifier):
 @pytest.mark.slow
 def test_compiles_in_training(classifier):
     case = classifier.float
+    if case.name not in ("resnet18", "mobilenet_v2", "shufflenet_v2_x0_5"):
+        pytest.skip("takes the compiler minutes and has no construct that the other three have not")
     loss, gradients, _ = classifier.trained
     model = classifier.copy()
-    backend = "aot_eager" if case.name in ("resnet18", "mobilenet_v2") else "eager"
+    backend = "aot_eager" if case.name == "resnet18" else "eager"
     found, others = train_step(case, compiled(model, backend))
     assert torch.isfinite(found)
     assert {name.removeprefix("_orig_mod.") for name in others} == gradients.keys()
