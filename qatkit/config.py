@@ -178,6 +178,10 @@ class QuantConfig:
                 enabled = enabled if rule.enabled is None else rule.enabled
         return spec if enabled else None
 
+    def names_axis(self, path: str) -> bool:
+        """Tell whether a rule gives the weight at ``path`` a spec of its own, axis included."""
+        return any(rule.weight is not None and matches(rule.pattern, path) for rule in self.rules)
+
     def check_patterns(self, paths: Iterable[str]) -> None:
         """Raise a `QatkitError` for the first rule that matches none of ``paths``."""
         known = list(paths)

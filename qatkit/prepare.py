@@ -10,7 +10,7 @@ from qatkit.config import QuantConfig
 from qatkit.errors import QatkitError
 from qatkit.graph.capture import capture
 from qatkit.graph.placement import place
-from qatkit.graph.plan import Plan
+from qatkit.graph.plan import Plan, join_path
 from qatkit.graph.rewrite import rewrite
 from qatkit.modes import require_module
 from qatkit.nn.quantized import QuantizedInput, QuantizedWeight, swap, swappable
@@ -112,19 +112,24 @@ def apply_plan(wanted: Plan, model: nn.Module) -> None:
     """
     modules = dict(model.named_modules())
     _check(wanted, modules, type(model).__name__)
-    classes = {module: type(module) for module in modules.values()}
-    children = {module: dict(module._modules) for module in modules.values()}
+    before = {module: (type(module), _state(module)) for module in modules.values()}
     try:
         _swap_layers(wanted, modules)
         _attach_activations(wanted, model)
         for block in wanted.blocks:
             rewrite(modules[block.path], block)
-    except Exception:
-        for module, kind in classes.items():
+    except BaseException:
+        for module, (kind, state) in before.items():
             module.__class__ = kind
-            module._modules = children[module]
+            module.__dict__.clear()
+            module.__dict__.update(state)
         raise
     model.__dict__[_PLAN] = wanted
+
+
+def _state(module: nn.Module) -> dict[str, Any]:
+    """Return the attributes of a module, with a copy of the table of its children."""
+    return {**module.__dict__, "_modules": dict(module._modules)}
 
 
 def _check(wanted: Plan, modules: dict[str, nn.Module], name: str) -> None:
@@ -149,8 +154,9 @@ def _swap_layers(wanted: Plan, modules: dict[str, nn.Module]) -> None:
         module = modules[layer.path]
         swap(module)
         if isinstance(module, QuantizedWeight):
-            module.attach_weight(weights[f"{layer.path}.weight_quantizer"])
-            module.weight_quantizer.name = f"{layer.path}.weight_quantizer"
+            weight_path = join_path(layer.path, "weight_quantizer")
+            module.attach_weight(weights[weight_path])
+            module.weight_quantizer.name = weight_path
             module.weight_quantizer.training = module.training
             if layer.batch_norm is not None and wanted.config.fold_batch_norm:
                 module.fold(modules[layer.batch_norm])

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from qatkit.errors import QatkitError
 from qatkit.functional import fake_quantize, fake_quantize_unclipped, qparams
+from qatkit.kernels import is_eager_cpu
 from qatkit.observers import OBSERVERS, is_empty, update
 from qatkit.spec import QuantSpec
 
@@ -109,10 +110,7 @@ class TensorQuantizer(nn.Module):
     @property
     def range(self) -> tuple[Tensor, Tensor]:
         """The range to quantize with: the remembered one, united with those of the peers."""
-        low, high = self.min_val, self.max_val
-        for peer in self._peers:
-            low, high = torch.minimum(low, peer.min_val), torch.maximum(high, peer.max_val)
-        return low, high
+        return self._with_peers(self.min_val, self.max_val)
 
     @property
     def scale(self) -> Tensor:
@@ -136,8 +134,9 @@ class TensorQuantizer(nn.Module):
         if not self.quantize:
             return x
         chosen = self._range_for(x, batch)
-        if chosen is None:
-            warnings.warn(NO_RANGE, stacklevel=2)
+        if chosen is None:  # while observing: nothing but empty or NaN tensors so far
+            if not self.observing:
+                warnings.warn(NO_RANGE, stacklevel=2)
             return x
         spec = self.spec
         scale, zero_point = qparams(*chosen, spec)
@@ -210,8 +209,14 @@ class TensorQuantizer(nn.Module):
         if not self.has_range:
             return None
         if self.spec.memory == "batch" and batch is not None and self.training:
-            return batch
+            return self._with_peers(*batch)
         return self.range
+
+    def _with_peers(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """Unite a range with those that the peers remember."""
+        for peer in self._peers:
+            low, high = torch.minimum(low, peer.min_val), torch.maximum(high, peer.max_val)
+        return low, high
 
     def _estimate(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return OBSERVERS[self.spec.observer].estimate(x.detach(), self.spec)
@@ -220,6 +225,8 @@ class TensorQuantizer(nn.Module):
         """Estimate the range of ``x`` and remember it; return the estimate."""
         with torch.no_grad():
             low, high = self._estimate(x)
+            if _saw_nothing(x, high):
+                return low, high
             if self.spec.memory == "latest":
                 self.min_val.copy_(low)
                 self.max_val.copy_(high)
@@ -267,8 +274,7 @@ def share_range(quantizers: list[TensorQuantizer]) -> None:
     Raises:
         QatkitError: their specs have different grids.
     """
-    fields = ("num_bits", "signed", "symmetric", "power_of_two", "axis")
-    grids = {tuple(getattr(q.spec, name) for name in fields) for q in quantizers}
+    grids = {quantizer.spec.grid for quantizer in quantizers}
     if len(grids) > 1:
         names = ", ".join(q.name for q in quantizers)
         raise QatkitError(
@@ -276,6 +282,15 @@ def share_range(quantizers: list[TensorQuantizer]) -> None:
         )
     for quantizer in quantizers:
         quantizer._peers = tuple(peer for peer in quantizers if peer is not quantizer)
+
+
+def _saw_nothing(x: Tensor, high: Tensor) -> bool:
+    """Tell whether ``x`` has no finite element; where that would cost a host sync, no element."""
+    if x.numel() == 0:
+        return True
+    if not is_eager_cpu(x) or high.dim() or high != 0:
+        return False
+    return not bool(torch.isfinite(x).any())
 
 
 def _world_size() -> int:

@@ -85,6 +85,11 @@ class QuantSpec:
         return (1 << (self.num_bits - int(self.signed))) - 1
 
     @property
+    def grid(self) -> tuple[int, int, bool, bool, int | None]:
+        """What two quantizers must have in common to share a scale."""
+        return self.quant_min, self.quant_max, self.symmetric, self.power_of_two, self.axis
+
+    @property
     def per_channel(self) -> bool:
         """Whether each index along an axis has its own scale."""
         return self.axis is not None

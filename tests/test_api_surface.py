@@ -121,7 +121,7 @@ def test_a_layer_takes_the_arguments_of_its_parent(name: str) -> None:
     assert all(p.kind is p.KEYWORD_ONLY and p.default is not p.empty for p in extra)
 
 
-@pytest.mark.parametrize("name", [*SIGNATURES, *LEADING, *OTHER_NAMES])
+@pytest.mark.parametrize("name", sorted([*SIGNATURES, *LEADING, *OTHER_NAMES]))
 def test_everything_public_has_a_docstring(name: str) -> None:
     public = resolve(name)
     assert (inspect.getdoc(public) or "").strip()

@@ -52,6 +52,7 @@ class Call:
         inputs: the values that it read.
         outputs: the values that it returned, as nested as the return value.
         children: the calls inside, in order.
+        writes: the inputs that it changed in place.
         index: position among all calls.
     """
 
@@ -63,6 +64,7 @@ class Call:
     inputs: list[Value]
     outputs: Any = None
     children: list[Call] = field(default_factory=list)
+    writes: list[Value] = field(default_factory=list)
     index: int = 0
 
     @property
@@ -165,7 +167,7 @@ class _Recorder(TorchFunctionMode):
         self.calls: list[Call] = []
         self._stack: list[Call] = []
         self._versions: list[dict[int, int]] = []
-        self._values: dict[int, Value] = {}
+        self._values: dict[int, tuple[Value, int]] = {}
         self._keep: list[Tensor] = []
         self._leaf_depth = 0
         self._handles: list[Any] = []
@@ -200,6 +202,7 @@ class _Recorder(TorchFunctionMode):
         template, _ = flatten((args, kwargs))
         call = self._open(name, kind_of(name), None, template, [value for _, value, _ in read])
         untouched = {id(tensor) for tensor, _, version in read if tensor._version == version}
+        call.writes = [value for tensor, value, _ in read if id(tensor) not in untouched]
         result = self._as_new(result, untouched)
         self._close(call, result)
         return result
@@ -230,9 +233,13 @@ class _Recorder(TorchFunctionMode):
             self._leaf_depth -= is_leaf(module)
             call = self._stack.pop()
             versions = self._versions.pop()
-            untouched = {
-                id(t) for t in tensors((args, kwargs)) if t._version == versions.get(id(t))
-            }
+            given = tensors((args, kwargs))
+            untouched = {id(t) for t in given if t._version == versions.get(id(t))}
+            call.writes = [
+                value
+                for tensor, value in zip(given, call.inputs, strict=True)
+                if id(tensor) not in untouched
+            ]
             if call.kind == "Block":
                 if not call.children and any(id(t) in untouched for t in tensors(result)):
                     call.kind = "Identity"
@@ -267,13 +274,20 @@ class _Recorder(TorchFunctionMode):
         constant = all(value.constant for value in call.inputs)
         for tensor in tensors(result):
             self._keep.append(tensor)
-            self._values[id(tensor)] = Value(call, constant, tuple(tensor.shape))
+            value = Value(call, constant, tuple(tensor.shape))
+            self._values[id(tensor)] = value, tensor._version
         call.outputs = map_tensors(result, self._value)
 
     def _value(self, tensor: Tensor) -> Value:
-        """Return the value that ``tensor`` holds now; a new one is an input or a constant."""
-        if id(tensor) not in self._values:
-            constant = id(tensor) in self._constants
+        """Return the value that ``tensor`` holds now.
+
+        One never seen before is an input or a constant. One that was written since, through a view
+        or by assignment, holds something of which nothing is known.
+        """
+        known = self._values.get(id(tensor))
+        if known is None or known[1] != tensor._version:
+            constant = known is None and id(tensor) in self._constants
             self._keep.append(tensor)
-            self._values[id(tensor)] = Value(None, constant, tuple(tensor.shape))
-        return self._values[id(tensor)]
+            known = Value(None, constant, tuple(tensor.shape)), tensor._version
+            self._values[id(tensor)] = known
+        return known[0]

@@ -34,6 +34,12 @@ def find_folds(capture: Capture) -> dict[str, str]:
             continue
         if getattr(norm.module, "running_var", None) is None:
             continue
+        if (
+            call.module._forward_hooks
+            or norm.module._forward_hooks
+            or norm.module._forward_pre_hooks
+        ):
+            continue  # they see or change what stands between the two
         folds[call.name] = norm.name
     return folds
 

@@ -16,6 +16,7 @@ from torch import fx, nn
 
 from qatkit.errors import QatkitError, shorten
 from qatkit.graph.capture import Call, Value
+from qatkit.graph.guards import PLAIN, LevelTracer, Unfaithful, check_constants, faithful
 from qatkit.graph.kinds import function_name
 from qatkit.graph.structure import Template, flatten, rebuildable, unflatten
 
@@ -39,14 +40,20 @@ class Level:
     calls: dict[fx.Node, Call]
 
 
-class _LevelTracer(fx.Tracer):
-    """Stops at every child module."""
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """The forward of a block as a graph.
 
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return True
+    Attributes:
+        graph: its module targets are paths relative to the block.
+        settings: the numbers, strings and switches among the block's attributes that it has read.
+    """
+
+    graph: fx.Graph
+    settings: dict[str, Any]
 
 
-def trace_level(block: nn.Module, template: Template, *, training: bool) -> fx.Graph:
+def trace_level(block: nn.Module, template: Template, *, training: bool) -> Trace:
     """Trace the forward of ``block`` for a call of the form ``template``.
 
     Args:
@@ -56,7 +63,7 @@ def trace_level(block: nn.Module, template: Template, *, training: bool) -> fx.G
         training: the mode to trace.
 
     Returns:
-        a graph whose module targets are paths relative to ``block``.
+        the graph, and the settings it was made with.
 
     Raises:
         LevelError: the call or the forward cannot be expressed as a graph.
@@ -68,9 +75,15 @@ def trace_level(block: nn.Module, template: Template, *, training: bool) -> fx.G
             "it is called with arguments that are not tensors, numbers, tuples, lists or dicts"
         )
     twin = _stand_in(block, training)
-    twin.__class__ = _flat_class(float_class(type(block)), template)
+    settings: dict[str, Any] = {}
+    twin.__class__ = _flat_class(float_class(type(block)), template, settings)
     try:
-        return _LevelTracer().trace(twin)
+        with faithful(twin):
+            graph = LevelTracer().trace(twin)
+        check_constants(graph, block)
+        return Trace(graph, settings)
+    except Unfaithful as error:
+        raise LevelError(str(error)) from None
     except Exception as error:
         raise LevelError(
             f"torch.fx cannot trace its forward ({shorten(str(error), 120)})"
@@ -98,8 +111,8 @@ def match(block: nn.Module, call: Call) -> Level:
         LevelError: the graph is not what the recorded run did, or training does something else than
             eval.
     """
-    graph = trace_level(block, call.template, training=False)
-    if signature(graph) != signature(trace_level(block, call.template, training=True)):
+    graph = trace_level(block, call.template, training=False).graph
+    if signature(graph) != signature(trace_level(block, call.template, training=True).graph):
         raise LevelError("its forward does other operations in training than in eval")
     return _Matcher(graph, call).run()
 
@@ -232,8 +245,13 @@ def _own_copy(state: Any) -> Any:
     return copy.copy(state) if isinstance(state, list | dict | set) else state
 
 
-def _flat_class(kind: type[nn.Module], template: Template) -> type[nn.Module]:
-    """Return a subclass of ``kind`` whose forward takes the tensors of the call one by one."""
+def _flat_class(
+    kind: type[nn.Module], template: Template, settings: dict[str, Any]
+) -> type[nn.Module]:
+    """Return a subclass of ``kind`` whose forward takes the tensors of the call one by one.
+
+    The plain attributes that are read on the way are put into ``settings``.
+    """
     count = _count_tensors(template)
     names = "".join(f", x{i}" for i in range(count))
     forward: Callable[..., Any] = kind.forward
@@ -242,9 +260,17 @@ def _flat_class(kind: type[nn.Module], template: Template) -> type[nn.Module]:
         args, kwargs = unflatten(template, iter(leaves))
         return forward(self, *args, **kwargs)
 
+    def read(self: nn.Module, name: str) -> Any:
+        value = object.__getattribute__(self, name)
+        public = name != "training" and not name.startswith("_")
+        if public and type(value) in PLAIN and name in object.__getattribute__(self, "__dict__"):
+            settings[name] = value
+        return value
+
     scope: dict[str, Any] = {"call": call}
     exec(f"def forward(self{names}):\n    return call(self{names})", scope)
-    return type(kind.__name__, (kind,), {"forward": scope["forward"]})
+    members = {"forward": scope["forward"], "__getattribute__": read}
+    return type(kind.__name__, (kind,), members)
 
 
 def _count_tensors(template: Template) -> int:

@@ -9,7 +9,7 @@ from qatkit.config import QuantConfig
 from qatkit.errors import QatkitError
 from qatkit.graph.capture import Call, Capture
 from qatkit.graph.folds import find_folds
-from qatkit.graph.plan import LayerPlan, Plan, QuantizerPlan
+from qatkit.graph.plan import LayerPlan, Plan, QuantizerPlan, join_path
 from qatkit.graph.readers import Reader, Reading, find_readers
 from qatkit.graph.scale_groups import find_groups
 from qatkit.graph.sharing import Sharing, share
@@ -42,8 +42,8 @@ def place(capture: Capture, config: QuantConfig) -> Plan:
 def _paths(model: nn.Module, reading: Reading) -> list[str]:
     """Return every path that a rule can name."""
     paths = [path for path, _ in model.named_modules() if path]
-    weights = [f"{path}.weight_quantizer" for path in paths]
-    inputs = [f"{path}.input_quantizer" for path in paths]
+    weights = [join_path(path, "weight_quantizer") for path in ["", *paths]]
+    inputs = [join_path(path, "input_quantizer") for path in ["", *paths]]
     blocks = [reader.quantizer for reader in reading.readers]
     skipped = [skip.path for skip in reading.skipped]
     return [*paths, *weights, *inputs, *blocks, *skipped]
@@ -65,9 +65,7 @@ def _layers(reading: Reading, sharing: Sharing, folds: dict[str, str]) -> tuple[
         kind = type(reader.calls[0].module).__name__
         return LayerPlan(reader.path, kind, folds.get(reader.path), reader.path in sharing.relieved)
 
-    return tuple(
-        plan(reader) for reader in reading.readers if reader.quantizer.endswith(".input_quantizer")
-    )
+    return tuple(plan(reader) for reader in reading.readers if reader.is_layer)
 
 
 def _in_order(reading: Reading, sharing: Sharing) -> tuple[QuantizerPlan, ...]:
@@ -78,9 +76,9 @@ def _in_order(reading: Reading, sharing: Sharing) -> tuple[QuantizerPlan, ...]:
         if reader.quantizer in owned:
             plan = owned[reader.quantizer]
             ordered.setdefault(plan.path, plan)
-        if reader.path in reading.weights and reader.is_module:
+        if reader.path in reading.weights and reader.is_layer:
             spec, reason = reading.weights[reader.path]
-            path = f"{reader.path}.weight_quantizer"
+            path = join_path(reader.path, "weight_quantizer")
             ordered[path] = QuantizerPlan(path, (), "weight", spec, reason)
     return tuple(ordered.values())
 
@@ -88,13 +86,16 @@ def _in_order(reading: Reading, sharing: Sharing) -> tuple[QuantizerPlan, ...]:
 def _same_grid(
     groups: tuple[tuple[str, ...], ...], quantizers: tuple[QuantizerPlan, ...]
 ) -> tuple[tuple[str, ...], ...]:
-    """Split each group by grid: only quantizers with the same codes can have the same scale."""
+    """Split each group by grid: only quantizers with the same codes can have the same scale.
+
+    A fixed range stays as it was fixed.
+    """
     spec = {plan.path: plan.spec for plan in quantizers}
     result = []
     for group in groups:
         by_grid: dict[object, list[str]] = {}
         for path in group:
-            grid = (spec[path].num_bits, spec[path].signed, spec[path].symmetric)
-            by_grid.setdefault(grid, []).append(path)
+            if spec[path].observer != "fixed":
+                by_grid.setdefault(spec[path].grid, []).append(path)
         result += [tuple(paths) for paths in by_grid.values() if len(paths) > 1]
     return tuple(result)

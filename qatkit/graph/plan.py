@@ -11,6 +11,15 @@ from qatkit.graph.structure import Template, from_json
 from qatkit.spec import QuantSpec
 
 
+def join_path(parent: str, name: str) -> str:
+    """Return the path of a child; the model itself has the empty path.
+
+    >>> join_path("layer1", "conv"), join_path("", "conv")
+    ('layer1.conv', 'conv')
+    """
+    return f"{parent}.{name}" if parent else name
+
+
 @dataclass(frozen=True)
 class QuantizerPlan:
     """One quantizer.

@@ -13,7 +13,7 @@ from torch import nn
 from qatkit.backend import Backend, get_backend
 from qatkit.config import QuantConfig
 from qatkit.graph.capture import Call, Capture, Value
-from qatkit.graph.plan import Skip
+from qatkit.graph.plan import Skip, join_path
 from qatkit.graph.residual import is_join, place_join
 from qatkit.nn.quantized import QUANTIZED, swappable
 from qatkit.spec import QuantSpec
@@ -46,9 +46,9 @@ class Reader:
     reason: str
 
     @property
-    def is_module(self) -> bool:
-        """Whether the reader is a layer, which can run its quantizer itself."""
-        return self.calls[0].module is not None
+    def is_layer(self) -> bool:
+        """Whether the reader is a layer that is swapped, and can run its quantizer itself."""
+        return self.quantizer == join_path(self.path, "input_quantizer")
 
 
 @dataclass(eq=False)
@@ -114,7 +114,7 @@ class _Finder:
                 continue
             join = place_join(call, self.quantized, self.backend)
             path = function_path(call)
-            if not join.quantized:
+            if not join.quantized and len(call.inputs[0].shape) > 2:  # boxes and anchors are 2-D
                 self._skip(path, join.reason)
             for value in join.quantized:
                 self._read_by_function(call, value, join.reason)
@@ -134,7 +134,7 @@ class _Finder:
                     call, call.inputs[0], f"F7: {call.kind} between quantized layers"
                 )
             else:
-                path = f"{call.name}.input_quantizer"
+                path = join_path(call.name, "input_quantizer")
                 spec = self.config.spec(path, "activation")
                 if spec is None:
                     self._skip(call.name, "disabled by a rule")
@@ -186,7 +186,8 @@ class _Finder:
         self.reading.weights[path] = (specs[0], f"F2: weight of {call.kind}{edge}")
         values = tuple(one.inputs[0] for one in calls)
         reason = f"F1: input of {call.kind}{edge}"
-        self._add(Reader(path, f"{path}.input_quantizer", calls, values, specs[1], reason))
+        quantizer = join_path(path, "input_quantizer")
+        self._add(Reader(path, quantizer, calls, values, specs[1], reason))
 
     def _specs(
         self, path: str, module: nn.Module, bits: int | None
@@ -195,11 +196,12 @@ class _Finder:
 
         Rule B1 wants both or neither.
         """
-        weight = self.config.spec(f"{path}.weight_quantizer", "weight", bits=bits)
-        data = self.config.spec(f"{path}.input_quantizer", "activation", bits=bits)
+        weight_path = join_path(path, "weight_quantizer")
+        weight = self.config.spec(weight_path, "weight", bits=bits)
+        data = self.config.spec(join_path(path, "input_quantizer"), "activation", bits=bits)
         if weight is None or data is None:
             return None
-        if weight.axis is not None and weight.axis == self.config.weight.axis:
+        if weight.axis is not None and not self.config.names_axis(weight_path):
             kind = "ConvTranspose" if "ConvTranspose" in type(module).__name__ else "Conv"
             weight = weight.replace(axis=self.backend.axis_of_weight[kind])
         return weight, data
@@ -261,7 +263,7 @@ def function_path(call: Call) -> str:
     same = [c for c in parent.children if c.module is None and c.name == call.name]
     number = next(i for i, c in enumerate(same) if c is call)
     name = f"{call.name}_{number}" if number else call.name
-    return f"{parent.name}.{name}" if parent.name else name
+    return join_path(parent.name, name)
 
 
 def quantizer_path(call: Call, value: Value) -> str:
@@ -269,7 +271,7 @@ def quantizer_path(call: Call, value: Value) -> str:
     if call.module is not None:
         parent = call.parent.name if call.parent is not None else ""
         leaf = call.name.rsplit(".", 1)[-1]
-        return f"{parent}.{leaf}_quantizer" if parent else f"{leaf}_quantizer"
+        return join_path(parent, f"{leaf}_quantizer")
     several = len(call.inputs) > 1 and call.kind != "Add"
     number = f"_input_{call.inputs.index(value)}" if several else ""
     return f"{function_path(call)}{number}_quantizer"

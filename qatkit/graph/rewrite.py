@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from torch import fx, nn
 
 from qatkit.errors import QatkitError
-from qatkit.graph.level import float_class, signature, trace_level
+from qatkit.graph.level import Trace, float_class, signature, trace_level
 from qatkit.graph.plan import BlockPlan
 from qatkit.graph.structure import flatten
 
@@ -51,14 +51,15 @@ def rewrite(block: nn.Module, plan: BlockPlan) -> None:
     Raises:
         QatkitError: the block's code is not the one that was planned for.
     """
-    evaluation = _graph(block, plan, training=False)
-    training = _graph(block, plan, training=True)
+    evaluation = _trace(block, plan, training=False)
+    training = _trace(block, plan, training=True)
     block.__class__ = _class(float_class(type(block)), plan, evaluation, training)
 
 
-def _graph(block: nn.Module, plan: BlockPlan, *, training: bool) -> fx.Graph:
+def _trace(block: nn.Module, plan: BlockPlan, *, training: bool) -> Trace:
     """Trace the block and put the quantizer calls in."""
-    graph = trace_level(block, plan.template, training=training)
+    trace = trace_level(block, plan.template, training=training)
+    graph = trace.graph
     if signature(graph) != plan.signature:
         where = plan.path or type(block).__name__
         raise QatkitError(
@@ -73,17 +74,22 @@ def _graph(block: nn.Module, plan: BlockPlan, *, training: bool) -> fx.Graph:
             quantized = graph.create_node("call_module", site.quantizer, (source,))
         for use, argument in site.uses:
             nodes[use].replace_input_with(nodes[argument], quantized)
-    return graph
+    return trace
 
 
-def _class(kind: type, plan: BlockPlan, evaluation: fx.Graph, training: fx.Graph) -> type:
-    body = _compile(evaluation)
-    training_body = _compile(training)
-    one = str(evaluation.python_code("self").src) == str(training.python_code("self").src)
+def _class(kind: type, plan: BlockPlan, evaluation: Trace, training: Trace) -> type:
+    body = _compile(evaluation.graph)
+    training_body = _compile(training.graph)
+    sources = [str(trace.graph.python_code("self").src) for trace in (evaluation, training)]
+    one = sources[0] == sources[1]
+    settings = tuple({**evaluation.settings, **training.settings}.items())
     template = plan.template
     where = plan.path or kind.__name__
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if any(self.__dict__.get(name) != value for name, value in settings):
+            rewrite(self, plan)  # a dropout rate or a switch has changed
+            return type(self).forward(self, *args, **kwargs)
         given, leaves = flatten((args, kwargs))
         if given != template:
             raise QatkitError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from torch import fx
+from torch import fx, nn
 
 from qatkit.graph.capture import Call, Value
 from qatkit.graph.level import Level, LevelError, match, signature
@@ -68,11 +68,7 @@ class _Sharer:
 
     def _group(self, group: list[Reader]) -> None:
         """Serve the readers of one tensor: in the block around all, else each where it stands."""
-        layers = [
-            reader
-            for reader in group
-            if reader.is_module and reader.quantizer.endswith(".input_quantizer")
-        ]
+        layers = [reader for reader in group if reader.is_layer]
         owner = layers[0] if layers else group[0]
         served: list[Reader] = []
         if len(group) > 1 and len(group[0].values) == 1:
@@ -101,9 +97,7 @@ class _Sharer:
 
     def _serve(self, group: list[Reader], block: Call | None, quantizer: str) -> list[Reader]:
         """Call ``quantizer`` in ``block`` for the readers of ``group``; return those it serves."""
-        functions = [
-            reader for reader in group if not reader.quantizer.endswith(".input_quantizer")
-        ]
+        functions = [reader for reader in group if not reader.is_layer]
         level = self._level(block)
         if block is None or isinstance(level, LevelError):
             if len(group) == 1:
@@ -134,10 +128,19 @@ class _Sharer:
         if len(self._calls_of_blocks[block.name]) > 1:
             return LevelError("it is called more than once")
         assert block.module is not None
+        if _writes_argument(block) and not self._argument_is_its_own(block):
+            return LevelError("it writes to its argument, which the code around it can see")
         try:
             return match(block.module, block)
         except LevelError as error:
             return error
+
+    def _argument_is_its_own(self, block: Call) -> bool:
+        """Tell whether nothing outside reads the argument of a block after the call."""
+        parent = block.parent
+        if parent is None:
+            return False
+        return type(parent.module) is nn.Sequential or isinstance(self._level(parent), Level)
 
 
 def _uses(
@@ -171,6 +174,12 @@ def _readers_behind(call: Call, value: Value, reader_of: dict[Call, Reader]) -> 
     readers = [reader_of[consumer] for consumer in inside if consumer in reader_of]
     returned = any(result is value for result in call.results)
     return readers if len(readers) == len(inside) and not returned else []
+
+
+def _writes_argument(block: Call) -> bool:
+    """Tell whether an operation of a block's own forward, as in ``x += y``, changes its input."""
+    own = [call for call in block.children if call.module is None]
+    return any(value in call.writes for call in own for value in block.inputs)
 
 
 def _common_block(group: list[Reader]) -> Call | None:
