@@ -272,6 +272,7 @@ class _Watch:
         self.quantizers = quantizers
         self._before = {path: saved_range(quantizer) for path, quantizer in quantizers.items()}
         self._nonfinite: dict[str, int] = {}
+        self.unreached: tuple[str, ...] = ()
         self._handles: list[Any] = []
 
     def __enter__(self) -> None:
@@ -281,13 +282,13 @@ class _Watch:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
+        self.unreached = tuple(path for path in self.quantizers if not self._has_seen(path))
         for path in self.unreached if kind is None else self.quantizers:
             self.quantizers[path].load_state_dict(self._before[path])
 
-    @property
-    def unreached(self) -> tuple[str, ...]:
-        """Paths of the quantizers that saw nothing."""
-        return tuple(path for path in self.quantizers if path not in self._nonfinite)
+    def _has_seen(self, path: str) -> bool:
+        """Tell whether a quantizer got a number: not only empty tensors or NaN."""
+        return path in self._nonfinite and self.quantizers[path].calibrated
 
     def _counter(self, path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def count(_: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -302,7 +303,7 @@ class _Watch:
     def report(self, batches: int, samples: int) -> CalibrationReport:
         """Return what was seen, and say in the log what is odd about it."""
         odd = tuple((path, n) for path in self.quantizers if (n := self._nonfinite.get(path)))
-        reached = ((p, q) for p, q in self.quantizers.items() if p in self._nonfinite)
+        reached = ((p, q) for p, q in self.quantizers.items() if p not in self.unreached)
         if odd:
             found = ", ".join(f"{path} ({count})" for path, count in odd)
             logger.warning("calibrate: ignored NaN or Inf in the input of %s", found)

@@ -297,6 +297,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         "file": f"{report.path}, {report.size_bytes / 1e6:.1f} MB, opset {report.opset}",
         "Q / DQ nodes": f"{report.quantize_nodes} / {report.dequantize_nodes}",
         "lint findings": str(len(report.findings)),
+        "verified": f"{report.verify.differing} of {report.verify.codes} codes differ",
         "time": f"{time.perf_counter() - started:.0f} s",
     }
     print(f"\n{'':22} top-1")
@@ -304,6 +305,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         print(f"{name:22} {value}")
     for finding in report.findings:
         print(f"  {finding}")
+    if not report.verify.ok:
+        print(f"  WARNING: {report.verify}")
     return {
         **top1,
         "differing": differing,

@@ -17,7 +17,7 @@ from qatkit.export.lint import lint_onnx
 from qatkit.export.lowering import lower
 from qatkit.export.qdq import insert_qdq
 from qatkit.export.report import ExportReport
-from qatkit.export.trace import trace
+from qatkit.export.trace import too_large, trace
 from qatkit.export.verify import verify_onnx
 from qatkit.files import replacing
 from qatkit.graph.capture import split_inputs
@@ -80,8 +80,8 @@ def export_onnx(
         lowered = lower(model)
         proto = trace(lowered, model, args, kwargs, opset=opset, dynamic_batch=dynamic_batch)
         insert_qdq(proto, int8_weights=weights == "int8")
-        _finish(proto, opset)
-        temporary.write_bytes(proto.SerializeToString())
+        data = _finish(proto, opset)
+        temporary.write_bytes(data)
         findings = tuple(lint_onnx(temporary, backend)) if lint else ()
         report = verify_onnx(temporary, model, example_inputs) if verify else None
     if report is not None and not report.ok:
@@ -94,6 +94,7 @@ def export_onnx(
         quantize_nodes=kinds.count("QuantizeLinear"),
         dequantize_nodes=kinds.count("DequantizeLinear"),
         findings=findings,
+        linted=lint,
         verify=report,
     )
 
@@ -120,8 +121,8 @@ def _require_packages(*packages: str) -> None:
             raise MissingExtraError(package, "onnx")
 
 
-def _finish(proto: ModelProto, opset: int) -> None:
-    """Clean up, set the versions, and check what must hold."""
+def _finish(proto: ModelProto, opset: int) -> bytes:
+    """Clean up, set the versions, check what must hold, and return the file."""
     import onnx
 
     remove_identities(proto.graph)
@@ -135,4 +136,13 @@ def _finish(proto: ModelProto, opset: int) -> None:
         )
     proto.ir_version = _IR_VERSIONS[opset]
     proto.producer_name, proto.producer_version = "qatkit", __version__
+    data = _serialized(proto)
     onnx.checker.check_model(proto)
+    return data
+
+
+def _serialized(proto: ModelProto) -> bytes:
+    try:
+        return bytes(proto.SerializeToString())
+    except Exception as error:  # protobuf's, of a different class in every version
+        raise too_large("the file", error) from None

@@ -42,14 +42,16 @@ def input_names(given: dict[str, Any]) -> list[str]:
 def take_tensors(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Let ``model`` take the tensors of the arguments one by one; all else in them is constant.
 
-    The exporter would turn numbers into inputs, and keywords into positions.
+    The exporter would turn numbers into inputs, and keywords into positions. The result is a tensor
+    or a tuple of the tensors in it: the exporter would turn numbers into outputs.
     """
     forward = model.forward
 
     def call(*leaves: Tensor) -> Any:
         left = iter(leaves)
         filled = map_tensors((args, kwargs), lambda _: next(left))
-        return forward(*filled[0], **filled[1])
+        result = forward(*filled[0], **filled[1])
+        return result if isinstance(result, Tensor) else tuple(tensors(result))
 
     model.forward = call
 
@@ -57,14 +59,15 @@ def take_tensors(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 def output_names(result: Any) -> dict[str, Tensor]:
     """Return the outputs of a model by their names in the file, nothing if they are nested deeper.
 
-    A single one is ``output``, those of a tuple ``output_0`` ..., those of a dict ``output_KEY``.
+    A single one is ``output``, those of a tuple ``output_0`` ..., those of a dict ``output_KEY``;
+    what holds no tensor is no output.
     """
     if isinstance(result, Tensor):
         return {"output": result}
     many: Any = result.items() if isinstance(result, dict) else ()
     if isinstance(result, tuple | list):
         many = enumerate(result)
-    named = {f"output_{key}": value for key, value in many}
+    named = {f"output_{key}": value for key, value in many if tensors(value)}
     return named if all(isinstance(value, Tensor) for value in named.values()) else {}
 
 
@@ -73,14 +76,15 @@ def batch_axes(
 ) -> dict[str, dict[int, str]]:
     """Return which inputs and outputs have an open batch dimension, as the exporter wants it.
 
-    Inputs with two or more dimensions have it, and outputs that are as long as they are.
+    The first input with two or more dimensions has it, and all that is as long as that: other
+    inputs of two or more dimensions, and outputs.
     """
-    if not dynamic:
+    lengths = {name: x.shape[0] for name, x in inputs.items() if _has_batch(x)}
+    if not dynamic or not lengths:
         return {}
-    batched = {name: x.shape[0] for name, x in inputs.items() if _has_batch(x)}
-    sizes = set(batched.values())
-    follow = [name for name, y in outputs.items() if y.dim() > 0 and sizes == {y.shape[0]}]
-    return {name: {0: "batch"} for name in (*batched, *follow)}
+    batch = next(iter(lengths.values()))
+    lengths |= {name: y.shape[0] for name, y in outputs.items() if y.dim() > 0}
+    return {name: {0: "batch"} for name, length in lengths.items() if length == batch}
 
 
 def _has_batch(value: Any) -> bool:

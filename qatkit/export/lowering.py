@@ -62,9 +62,11 @@ def folded_layers(model: nn.Module) -> dict[str, FoldedLayer]:
     layers: dict[str, FoldedLayer] = {}
     for path, module in model.named_modules():
         if isinstance(module, QuantizedWeight):
-            norm = norms.get(path)
             _check_grid(module.weight_quantizer)
-            layers[path] = fold_layer(module, None if norm is None else model.get_submodule(norm))
+            planned = norms.get(path)
+            norm = module.batch_norm if planned is None else model.get_submodule(planned)
+            inside = any(norm is other for other in model.modules())
+            layers[path] = fold_layer(module, norm if inside else None)
     return layers
 
 
@@ -72,13 +74,8 @@ def _replace_weight(model: nn.Module, path: str, folded: FoldedLayer) -> None:
     layer = model.get_submodule(path)
     assert isinstance(layer, QuantizedWeight)
     quantizer = layer.weight_quantizer
-    plan = plan_of(model)
-    if folded.folded:
-        assert plan is not None
-        norm = next(entry.batch_norm for entry in plan.layers if entry.path == path)
-        assert norm is not None
-        parent, _, name = norm.rpartition(".")
-        model.get_submodule(parent)._modules[name] = nn.Identity()
+    if folded.batch_norm is not None:
+        _remove(model, folded.batch_norm)
     layer._batch_norm = ()
     layer.weight = nn.Parameter(folded.weight, requires_grad=False)
     layer.bias = None if folded.bias is None else nn.Parameter(folded.bias, requires_grad=False)
@@ -88,6 +85,14 @@ def _replace_weight(model: nn.Module, path: str, folded: FoldedLayer) -> None:
         grid = (spec.quant_min, spec.quant_max)
         stand_in = Marker(quantizer.name, folded.scale, *grid, folded.axis)
     layer._modules["weight_quantizer"] = stand_in
+
+
+def _remove(model: nn.Module, norm: nn.Module) -> None:
+    """Put an identity in the place of a folded batch norm, under all its names."""
+    for module in list(model.modules()):
+        for name, child in module._modules.items():
+            if child is norm:
+                module._modules[name] = nn.Identity()
 
 
 def _replace_quantizers(model: nn.Module) -> None:

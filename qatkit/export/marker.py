@@ -21,6 +21,7 @@ from qatkit.functional import fake_quantize
 DOMAIN = "qatkit.marker"
 OPERATOR = "FakeQuantize"
 _SYMBOL = "qatkit::fake_quantize"
+_ATTENTION = "aten::scaled_dot_product_attention"
 _FIRST_SDPA_OPSET = 14
 
 
@@ -44,12 +45,13 @@ class Marker(nn.Module):
         super().__init__()
         self.name = name
         self.grid = (quant_min, quant_max)
-        self.axis = -1 if axis is None else axis
+        self.axis = axis
         self.register_buffer("step", scale.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
         """Fake-quantize ``x`` by the marking operator."""
-        marked: Tensor = marking_operator()(x, self.step, *self.grid, self.axis, self.name)
+        axis = -1 if self.axis is None else self.axis % x.dim()
+        marked: Tensor = marking_operator()(x, self.step, *self.grid, axis, self.name)
         return marked
 
 
@@ -85,8 +87,8 @@ def exportable(opset: int) -> Iterator[None]:
     """
     fast_path = torch.backends.mha.get_fastpath_enabled()
     symbols: list[tuple[str, Any]] = [(_SYMBOL, _marker_symbol)]
-    if opset < _FIRST_SDPA_OPSET:
-        symbols.append(("aten::scaled_dot_product_attention", _attention_symbol))
+    if opset < _FIRST_SDPA_OPSET and not _is_known(_ATTENTION, opset):
+        symbols.append((_ATTENTION, _attention_symbol))
     registered: list[str] = []
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.no_grad():
         warnings.simplefilter("ignore")
@@ -100,6 +102,14 @@ def exportable(opset: int) -> Iterator[None]:
             torch.backends.mha.set_fastpath_enabled(fast_path)
             for name in registered:
                 torch.onnx.unregister_custom_op_symbolic(name, opset)  # type: ignore[attr-defined]
+
+
+def _is_known(name: str, opset: int) -> bool:
+    """Tell whether the exporter can convert an operator: below 14, the user has taught it."""
+    from torch.onnx import utils
+
+    registration: Any = utils.registration  # type: ignore[attr-defined]
+    return bool(registration.registry.is_registered_op(name, opset))
 
 
 def _marker_symbol(

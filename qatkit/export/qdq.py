@@ -35,8 +35,9 @@ def insert_qdq(model: ModelProto, *, int8_weights: bool) -> None:
 
     Identities go first: the exporter makes them between layers with one weight.
     The same quantizer on the same tensor becomes one pair. Zero points are int8 zeros. A grid
-    narrower than int8 gets a Clip in front of Q. A weight becomes float -> Q -> DQ, or with
-    ``int8_weights`` int8 -> DQ. A transpose of a quantized weight is done on the weight.
+    narrower than int8 gets a Clip in front of Q. A weight, or another constant, becomes float -> Q
+    -> DQ, or with ``int8_weights`` int8 -> DQ. A transpose of a quantized weight is done on the
+    weight.
 
     Args:
         model: what the exporter wrote.
@@ -111,6 +112,8 @@ class _Pass:
         for node in self._graph.node:
             if node.domain != DOMAIN or node.input[0] not in self._constants:
                 continue
+            if not _attributes(node)["name"].endswith(b"weight_quantizer"):
+                continue
             behind = readers.get(node.output[0], [])
             if len(behind) == 1 and behind[0].op_type == "Transpose":
                 found[node.output[0]] = behind[0]
@@ -134,6 +137,7 @@ class _Pass:
         return result
 
     def _weight(self, data: str, mark: _Mark, transpose: NodeProto | None) -> str:
+        """Emit a constant on its grid, by the arithmetic of `qatkit.functional.fake_quantize`."""
         weight = self._to_array(self._constants[data])
         if transpose is not None:
             order = list(_attributes(transpose)["perm"])
@@ -142,14 +146,15 @@ class _Pass:
             mark = _Mark(mark.name, mark.scale, mark.quant_min, mark.quant_max, axis)
         base = self._base(mark.name)
         scale, zero = self._grid(base, mark)
+        shape = [-1 if d == mark.axis else 1 for d in range(weight.ndim)]
+        step = np.float32(mark.scale) if mark.axis is None else mark.scale.reshape(shape)
+        integers = np.clip(np.rint(weight * (1 / step)), mark.quant_min, mark.quant_max)
         if not self._int8_weights:
-            self._add_constant(f"{base}.weight", weight)
+            self._add_constant(f"{base}.weight", integers * step)
             codes = self._node("QuantizeLinear", [f"{base}.weight", scale, zero], base, mark.axis)
         else:
             codes = f"{base}.codes"
-            shape = [-1 if d == mark.axis else 1 for d in range(weight.ndim)]
-            step = mark.scale if mark.axis is None else mark.scale.reshape(shape)
-            self._add_constant(codes, np.rint(weight / step).astype(np.int8))
+            self._add_constant(codes, integers.astype(np.int8))
         return self._node("DequantizeLinear", [codes, scale, zero], base, mark.axis)
 
     def _activation(self, data: str, mark: _Mark) -> str:

@@ -20,6 +20,7 @@ class ExportReport:
         quantize_nodes: number of QuantizeLinear nodes.
         dequantize_nodes: number of DequantizeLinear nodes.
         findings: what the lint found, empty if it was not asked for.
+        linted: whether it was asked for.
         verify: the comparison with ONNX Runtime, ``None`` if it was not asked for.
     """
 
@@ -29,16 +30,17 @@ class ExportReport:
     quantize_nodes: int
     dequantize_nodes: int
     findings: tuple[Finding, ...]
+    linted: bool
     verify: VerifyReport | None
 
     def __str__(self) -> str:
         """Return a few lines for people."""
         size = f"{self.size_bytes / 1e6:.2f} MB"
         nodes = f"{self.quantize_nodes} Q, {self.dequantize_nodes} DQ"
-        counts = count_levels(self.findings)
+        counts = [f"{number} {level}" for level, number in count_levels(self.findings).items()]
         lines = [
             f"{self.path}: opset {self.opset}, {size}, {nodes}",
-            "lint: " + ", ".join(f"{number} {level}" for level, number in counts.items()),
+            "lint: " + ", ".join(counts) if self.linted else "not linted",
             *_by_rule(self.findings),
         ]
         if self.verify is not None:

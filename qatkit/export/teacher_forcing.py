@@ -12,8 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from qatkit.errors import QatkitError
+from qatkit.export.codes import Constants, compare_codes
 from qatkit.export.onnx_runtime import Array, run_onnx
-from qatkit.export.qdq import SUFFIX_Q
+from qatkit.export.qdq import SUFFIX_DQ
+from qatkit.export.verify_report import QuantizerCheck
+from qatkit.kernels.portable import along
 from qatkit.modes import quantizers
 from qatkit.quantizer import TensorQuantizer
 
@@ -25,11 +28,12 @@ _SELECTING = frozenset({"NonMaxSuppression", "NonZero", "TopK", "Unique"})
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """What one call of a quantizer got and gave in the model."""
+    """What one call of a quantizer got and gave in the model, and its scale, to broadcast."""
 
     source: Tensor
     result: Array
     codes: Array
+    scale: Array
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,17 +41,17 @@ class Forced:
     """What a file computes under teacher forcing.
 
     Attributes:
-        codes: for each quantizer call its name, the codes of the model, and those of the file.
+        checks: each quantizer call, in the file and in the model.
         outputs: the outputs of the file.
     """
 
-    codes: tuple[tuple[str, Array, Array], ...]
+    checks: tuple[QuantizerCheck, ...]
     outputs: list[Array]
 
 
 @contextmanager
 def watch(model: nn.Module) -> Iterator[dict[str, list[Seen]]]:
-    """Collect what each activation quantizer does, in order of its calls."""
+    """Collect what each quantizer does, in order of its calls."""
     seen: dict[str, list[Seen]] = {}
     handles = []
 
@@ -56,12 +60,13 @@ def watch(model: nn.Module) -> Iterator[dict[str, list[Seen]]]:
         calls = seen.setdefault(quantizer.name, [])
         if any(call.source is given[0] for call in calls):
             return
-        codes = torch.round(result / quantizer.scale).to(torch.int32)
-        calls.append(Seen(given[0], result.numpy(), codes.numpy()))
+        scale = torch.as_tensor(along(quantizer.scale, result, quantizer.spec.axis))
+        codes = torch.round(result / scale).to(torch.int32)
+        calls.append(Seen(given[0], result.numpy(), codes.numpy(), scale.numpy()))
 
     for path, quantizer in quantizers(model):
         quantizer.name = quantizer.name or path
-        if quantizer.quantize and not quantizer.spec.per_channel:
+        if quantizer.quantize:
             handles.append(quantizer.register_forward_hook(hook))
     try:
         yield seen
@@ -103,14 +108,34 @@ def run_forced(
     feeds = feeds | {given[dq.output[0]]: call.result for _, dq, call in calls}
     results = run_onnx(forced, feeds, path)
     own = len(proto.graph.output)
-    names = [q.name.removesuffix(SUFFIX_Q) for q, _, _ in calls]
-    expected = [call.codes for _, _, call in calls]
-    return Forced(tuple(zip(names, expected, results[own:], strict=True)), results[:own])
+    constants = Constants(proto)
+    checks = [
+        compare_codes(dq, codes, call.codes, call.scale, constants)
+        for (_, dq, call), codes in zip(calls, results[own:], strict=True)
+    ]
+    return Forced(tuple(checks), results[:own])
 
 
 def selects(proto: ModelProto) -> bool:
     """Tell whether a file picks elements by value, so that a last bit can change its outputs."""
     return any(node.op_type in _SELECTING for node in proto.graph.node)
+
+
+def call_of(dq: NodeProto, seen: dict[str, list[Seen]], path: Any) -> Seen:
+    """Return the call of the model's quantizer that a DequantizeLinear belongs to.
+
+    Raises:
+        QatkitError: there is none.
+    """
+    name, _, number = dq.name.removesuffix(SUFFIX_DQ).partition("#")
+    calls = seen.get(name, [])
+    index = int(number or 0)
+    if index >= len(calls):
+        raise QatkitError(
+            f"{path}: its quantizer {name!r} is not in the model; "
+            "verify with the model it was exported from"
+        )
+    return calls[index]
 
 
 def _pairs(
@@ -125,13 +150,6 @@ def _pairs(
     for node in proto.graph.node:
         if node.op_type != "QuantizeLinear" or node.input[0] in constants:
             continue
-        name, _, number = node.name.removesuffix(SUFFIX_Q).partition("#")
-        calls = seen.get(name, [])
-        index = int(number or 0)
-        if index >= len(calls):
-            raise QatkitError(
-                f"{path}: its quantizer {name!r} is not in the model; "
-                "verify with the model it was exported from"
-            )
-        pairs.append((node, readers[node.output[0]], calls[index]))
+        dq = readers[node.output[0]]
+        pairs.append((node, dq, call_of(dq, seen, path)))
     return pairs

@@ -84,6 +84,14 @@ def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: 
         ) from None
 
 
+def too_large(name: str, error: Exception) -> QatkitError:
+    """Return what to raise where protobuf's limit of 2 GB is exceeded."""
+    return QatkitError(
+        f"{name}: has more than the 2 GB of one ONNX file ({shorten(str(error))}); "
+        "export the model in parts"
+    )
+
+
 @contextlib.contextmanager
 def _one_line_errors(name: str, opset: int) -> Iterator[None]:
     """Turn what the exporter raises into one line, and keep it from printing whole graphs."""
@@ -98,6 +106,8 @@ def _one_line_errors(name: str, opset: int) -> Iterator[None]:
             "try a higher opset, up to 20"
         ) from None
     except Exception as error:
+        if "2GiB" in str(error):
+            raise too_large(name, error) from None
         raise QatkitError(
             f"{name}: PyTorch's ONNX exporter fails ({shorten(str(error), 200)}); "
             "see that the float model exports with torch.onnx.export(dynamo=False)"

@@ -13,15 +13,19 @@ import torch
 from torch import nn
 
 from qatkit.errors import QatkitError, shorten
+from qatkit.export.codes import Constants, compare_codes, quantized
 from qatkit.export.inputs import to_cpu_float32
 from qatkit.export.lowering import folded_layers
 from qatkit.export.onnx_runtime import Array, feeds_of, read_onnx, run_onnx
 from qatkit.export.qdq import SUFFIX_DQ
-from qatkit.export.teacher_forcing import run_forced, selects, watch
+from qatkit.export.teacher_forcing import Seen, call_of, run_forced, selects, watch
 from qatkit.export.verify_report import QuantizerCheck, VerifyReport
+from qatkit.export.weights import FoldedLayer
 from qatkit.graph.capture import split_inputs
 from qatkit.graph.structure import tensors
+from qatkit.kernels.portable import along
 from qatkit.modes import require_module
+from qatkit.nn.quantized import QuantizedWeight
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
@@ -62,8 +66,11 @@ def verify_onnx(path: str | os.PathLike[str], model: nn.Module, inputs: Any) -> 
             "verify with the model it was exported from"
         )
     difference = _Difference(outputs, end_to_end)
+    checks = (*forced.checks, *_constants(proto, clone, seen, path))
+    compared = {check.name.partition("#")[0] for check in checks}
     return VerifyReport(
-        quantizers=(*(_compare(*codes) for codes in forced.codes), *_weights(proto, clone)),
+        quantizers=checks,
+        missing=tuple(name for name in seen if name not in compared),
         outputs=difference.count,
         max_difference=difference.largest,
         relative_difference=difference.relative,
@@ -86,33 +93,41 @@ def _one_line_errors(model: nn.Module) -> Iterator[None]:
         ) from None
 
 
-def _weights(proto: ModelProto, model: nn.Module) -> list[QuantizerCheck]:
-    """Compare the codes that an engine gets from each weight with the model's."""
-    from onnx import numpy_helper
-
-    arrays = {tensor.name: tensor for tensor in proto.graph.initializer}
-    expected = {f"{path}.weight_quantizer": layer for path, layer in folded_layers(model).items()}
-    made_by = {node.output[0]: node for node in proto.graph.node}
+def _constants(
+    proto: ModelProto, model: nn.Module, seen: dict[str, list[Seen]], path: Any
+) -> list[QuantizerCheck]:
+    """Compare the codes that an engine gets from each quantized constant with the model's."""
+    constants = Constants(proto)
+    layers = {layer.weight_quantizer.name: folded for layer, folded in _layers(model)}
+    quantizes = {q.output[0]: q for q in proto.graph.node if q.op_type == "QuantizeLinear"}
     checks = []
     for node in proto.graph.node:
         if node.op_type != "DequantizeLinear":
             continue
-        name = node.name.removesuffix(SUFFIX_DQ).partition("#")[0]
-        if name not in expected or expected[name].codes is None:
+        source = quantizes.get(node.input[0])
+        data = node.input[0] if source is None else source.input[0]
+        if data not in constants:
             continue
-        codes_of = expected[name].codes
-        assert codes_of is not None
-        source = made_by.get(node.input[0])
-        codes = (
-            numpy_helper.to_array(arrays[node.input[0]])
-            if source is None
-            else _quantize(source, arrays)
-        )
-        wanted = codes_of.numpy()
-        if any(_reads_transposed(reader, node.output[0]) for reader in proto.graph.node):
-            wanted = wanted.T
-        checks.append(_compare(name, wanted, codes))
+        codes = constants[data] if source is None else quantized(source, constants)
+        layer = layers.get(node.name.removesuffix(SUFFIX_DQ).partition("#")[0])
+        if layer is None or layer.codes is None or layer.scale is None:
+            call = call_of(node, seen, path)
+            wanted, step = call.codes, call.scale
+        else:
+            wanted = layer.codes.numpy()
+            spread = along(layer.scale, layer.codes, layer.axis)
+            step = torch.as_tensor(spread).expand_as(layer.codes).numpy()
+            if any(_reads_transposed(reader, node.output[0]) for reader in proto.graph.node):
+                wanted, step = wanted.T, step.T
+        checks.append(compare_codes(node, codes, wanted, step, constants))
     return checks
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[QuantizedWeight, FoldedLayer]]:
+    for path, folded in folded_layers(model).items():
+        layer = model.get_submodule(path)
+        assert isinstance(layer, QuantizedWeight)
+        yield layer, folded
 
 
 def _reads_transposed(reader: NodeProto, weight: str) -> bool:
@@ -123,41 +138,22 @@ def _reads_transposed(reader: NodeProto, weight: str) -> bool:
     return reader.op_type == "MatMul" or (reader.op_type == "Gemm" and not swapped)
 
 
-def _quantize(node: NodeProto, arrays: dict[str, Any]) -> Array:
-    """Do what QuantizeLinear does to a constant."""
-    from onnx import numpy_helper
-
-    data, scale = (numpy_helper.to_array(arrays[name]) for name in node.input[:2])
-    axis = next(attribute.i for attribute in node.attribute if attribute.name == "axis")
-    if scale.ndim:
-        scale = scale.reshape([-1 if d == axis % data.ndim else 1 for d in range(data.ndim)])
-    return np.clip(np.rint(data / scale), -128, 127).astype(np.int8)
-
-
-def _compare(name: str, expected: Array, found: Array) -> QuantizerCheck:
-    if expected.shape != found.shape:
-        raise QatkitError(
-            f"{name}: is {found.shape} in the file and {expected.shape} in the model; "
-            "verify with the model it was exported from"
-        )
-    step = np.abs(expected.astype(np.int64) - found.astype(np.int64))
-    largest = int(step.max()) if step.size else 0
-    return QuantizerCheck(name, int(step.size), int(np.count_nonzero(step)), largest)
-
-
 class _Difference:
-    """How far two lists of outputs differ; outputs of another shape count as wholly different."""
+    """How far two lists of outputs differ; outputs of another shape count as wholly different.
+
+    The relative difference is that of the worst output, whatever the size of the others.
+    """
 
     def __init__(self, expected: list[Array], found: list[Array]) -> None:
-        self.count, self.largest = 0, 0.0
-        error = size = 0.0
+        self.count, self.largest, self.relative = 0, 0.0, 0.0
         for a, b in zip(expected, found, strict=True):
             wide = a.astype(np.float64)
             gap = np.abs(wide - b) if a.shape == b.shape else np.abs(wide)
             self.count += a.size
             self.largest = max(self.largest, float(gap.max(initial=0.0)))
-            error, size = error + float((gap**2).sum()), size + float((wide**2).sum())
-        self.relative = (error / size) ** 0.5 if size else float(error > 0)
+            error, size = float((gap**2).sum()), float((wide**2).sum())
+            relative = (error / size) ** 0.5 if size else float(error > 0)
+            self.relative = max(self.relative, relative)
 
 
 def _top1_agreement(expected: list[Array], found: list[Array]) -> float:

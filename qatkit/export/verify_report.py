@@ -34,10 +34,12 @@ class VerifyReport:
         quantizers: activations and weights, each computed by both from the same inputs.
         outputs: number of output values compared, each computed from the model's inputs alone.
         max_difference: largest difference of an output.
-        relative_difference: root of the mean squared difference over that of the output.
+        relative_difference: root of the mean squared difference over that of the output; of the
+            worst output.
         last_layers: the same with every layer computed from the model's own quantized tensors;
             ``None`` where the file selects by value (non-maximum suppression), which may flip.
         top1_agreement: share of equal arg-max over the classes (axis 1) of the first output.
+        missing: paths of the quantizers that ran in the model and are not in the file.
     """
 
     quantizers: tuple[QuantizerCheck, ...]
@@ -46,6 +48,7 @@ class VerifyReport:
     relative_difference: float
     last_layers: float | None
     top1_agreement: float
+    missing: tuple[str, ...] = ()
 
     @property
     def codes(self) -> int:
@@ -66,11 +69,13 @@ class VerifyReport:
     def ok(self) -> bool:
         """Whether the file computes what the model does.
 
-        At most 1 integer in 100,000 differs, by one step, and behind the last quantizers the
-        outputs are equal to a thousandth: what different orders of summation explain.
+        No quantizer is missing, at most 1 integer in 100,000 differs, by one step, and behind the
+        last quantizers the outputs are equal to a thousandth: what different orders of summation
+        explain.
         """
-        codes = self.differing <= self.codes * MAX_SHARE and self.largest_step <= MAX_STEP
-        return codes and (self.last_layers is None or self.last_layers <= MAX_RELATIVE)
+        few = self.differing <= self.codes * MAX_SHARE and self.largest_step <= MAX_STEP
+        close = self.last_layers is None or self.last_layers <= MAX_RELATIVE
+        return few and close and not self.missing
 
     def __str__(self) -> str:
         """Return the verdict and the worst quantizers."""
@@ -88,4 +93,6 @@ class VerifyReport:
                 f"  {check.name}: {check.differing} of {check.codes}, step {check.largest_step}"
                 for check in worst
             ]
+        if self.missing:
+            lines.append(f"  not in the file: {', '.join(self.missing)}")
         return "\n".join(lines)

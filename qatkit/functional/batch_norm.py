@@ -33,6 +33,24 @@ def fold_scale(gamma: Tensor | None, running_var: Tensor, eps: float) -> Tensor:
     return torch.where(usable, scale, 1.0)
 
 
+def fold_factor(gamma: Tensor | None, var: Tensor, eps: float) -> Tensor:
+    """Return ``gamma / sqrt(var + eps)``, what a batch norm multiplies each channel with.
+
+    Args:
+        gamma: (C,) weight of the batch norm, ``None`` for one without.
+        var: (C,) running variance.
+        eps: added to the variance.
+
+    Returns:
+        (C,) float64, detached.
+
+    >>> fold_factor(torch.tensor([2.0, 0.0]), torch.tensor([4.0, 4.0]), 0.0)
+    tensor([1., 0.], dtype=torch.float64)
+    """
+    factor = (var.detach().double() + eps).rsqrt()
+    return factor if gamma is None else factor * gamma.detach().double()
+
+
 def folded_weight_and_bias(
     weight: Tensor,
     bias: Tensor | None,
@@ -67,9 +85,7 @@ def folded_weight_and_bias(
     >>> folded_weight_and_bias(torch.ones(1, 1), None, 2 * one, one, 3 * one, 4 * one, 0.0)
     (tensor([[1.]]), tensor([-2.]))
     """
-    factor = (var.detach().double() + eps).rsqrt()
-    if gamma is not None:
-        factor = factor * gamma.detach().double()
+    factor = fold_factor(gamma, var, eps)
     shape = [-1 if d == channel_axis % weight.dim() else 1 for d in range(weight.dim())]
     folded = weight.detach().double() * factor.reshape(shape)
     centered = -mean.detach().double() if bias is None else bias.detach().double() - mean.detach()

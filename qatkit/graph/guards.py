@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+_MADE_BY_FX = "_tensor_constant"
+
 PLAIN = (bool, int, float, str, type(None))
 
 
@@ -76,7 +78,8 @@ def _modes() -> tuple[bool, ...]:
 def _state(twin: nn.Module) -> dict[str, tuple[int, int]]:
     """Return who each attribute is, and how long or in which version."""
     attributes: dict[str, Any] = {**twin.__dict__, **twin._buffers, **twin._parameters}
-    return {name: (id(value), _extent(value)) for name, value in attributes.items()}
+    own = {name: value for name, value in attributes.items() if not name.startswith(_MADE_BY_FX)}
+    return {name: (id(value), _extent(value)) for name, value in own.items()}
 
 
 def _extent(value: Any) -> int:

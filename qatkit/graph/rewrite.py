@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 from torch import fx, nn
 
 from qatkit.errors import QatkitError
+from qatkit.graph.call_form import CallForm
 from qatkit.graph.level import Trace, float_class, signature, trace_level
 from qatkit.graph.plan import BlockPlan
-from qatkit.graph.structure import flatten
 
 
 class RewrittenBlock(nn.Module):
@@ -83,15 +83,15 @@ def _class(kind: type, plan: BlockPlan, evaluation: Trace, training: Trace) -> t
     sources = [str(trace.graph.python_code("self").src) for trace in (evaluation, training)]
     one = sources[0] == sources[1]
     settings = tuple({**evaluation.settings, **training.settings}.items())
-    template = plan.template
+    form = CallForm(kind, plan.template)
     where = plan.path or kind.__name__
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if any(self.__dict__.get(name) != value for name, value in settings):
             rewrite(self, plan)  # a dropout rate or a switch has changed
             return type(self).forward(self, *args, **kwargs)
-        given, leaves = flatten((args, kwargs))
-        if given != template:
+        leaves = form.tensors(args, kwargs)
+        if leaves is None:
             raise QatkitError(
                 f"{where}: called with arguments of another form than in example_inputs; "
                 "give prepare example_inputs in the form that the model is used with"

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, TypeVar
 from torch import Tensor, nn
 
 from qatkit.config import ACTIVATION, WEIGHT
-from qatkit.errors import QatkitTypeError
+from qatkit.errors import QatkitError, QatkitTypeError
 from qatkit.functional import fold_scale
 from qatkit.quantizer import TensorQuantizer
 from qatkit.spec import QuantSpec
@@ -115,7 +115,13 @@ class QuantizedWeight(QuantizedInput):
         self.input_quantizer.to(self.weight.device)
 
     def attach_weight(self, spec: QuantSpec) -> None:
-        """Quantize the weight as ``spec`` says, with its own range until that is frozen."""
+        """Quantize the weight as ``spec`` says, with its own range until that is frozen.
+
+        Raises:
+            QatkitError: the weight has no such axis.
+        """
+        if spec.axis is not None:
+            spec = spec.replace(axis=_positive(spec.axis, self.weight))
         spec = spec.replace(memory="latest")
         channels = None if spec.axis is None else self.weight.shape[spec.axis]
         self.weight_quantizer = TensorQuantizer(spec, channels, device=self.weight.device)
@@ -186,6 +192,13 @@ def swap(module: nn.Module) -> None:
 def swappable(module: nn.Module) -> bool:
     """Tell whether `swap` knows the class of ``module``."""
     return type(module) in QUANTIZED
+
+
+def _positive(axis: int, weight: Tensor) -> int:
+    """Count an axis of the weight from the front."""
+    if not -weight.dim() <= axis < weight.dim():
+        raise QatkitError(f"QuantSpec(axis={axis}): the weight has {weight.dim()} axes; give 0")
+    return axis % weight.dim()
 
 
 def _spec(spec: QuantSpec | None, default: QuantSpec, where: str) -> QuantSpec:
