@@ -166,7 +166,7 @@ class _Recorder(TorchFunctionMode):
         super().__init__()
         self.calls: list[Call] = []
         self._stack: list[Call] = []
-        self._versions: list[dict[int, int]] = []
+        self._given: list[list[tuple[Tensor, int]]] = []
         self._values: dict[int, tuple[Value, int]] = {}
         self._keep: list[Tensor] = []
         self._leaf_depth = 0
@@ -224,7 +224,7 @@ class _Recorder(TorchFunctionMode):
             kind = kind_of(module_name(module)) if leaf else "Block"
             values = [self._value(tensor) for tensor in given]
             self._stack.append(self._open(path, kind, module, template, values))
-            self._versions.append({id(t): t._version for t in given})
+            self._given.append([(tensor, tensor._version) for tensor in given])
             self._leaf_depth += leaf
 
         def after(module: nn.Module, args: Any, kwargs: Any, result: Any) -> Any:
@@ -232,12 +232,11 @@ class _Recorder(TorchFunctionMode):
                 return result
             self._leaf_depth -= is_leaf(module)
             call = self._stack.pop()
-            versions = self._versions.pop()
-            given = tensors((args, kwargs))
-            untouched = {id(t) for t in given if t._version == versions.get(id(t))}
+            given = self._given.pop()  # as it was: a forward may empty the lists it gets
+            untouched = {id(tensor) for tensor, version in given if tensor._version == version}
             call.writes = [
                 value
-                for tensor, value in zip(given, call.inputs, strict=True)
+                for (tensor, _), value in zip(given, call.inputs, strict=True)
                 if id(tensor) not in untouched
             ]
             if call.kind == "Block":
