@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from typing import Any
 
 from torch import Tensor, nn
 
 from qatkit.graph.level import float_class
-from qatkit.graph.structure import map_tensors, tensors
+from qatkit.graph.structure import flatten, map_tensors, tensors
+
+_TRACED = (Tensor, int, float)
+"""What may be a tensor while a model is traced."""
 
 
 def to_cpu_float32(value: Any) -> Any:
@@ -39,19 +43,25 @@ def input_names(given: dict[str, Any]) -> list[str]:
     return names
 
 
-def take_tensors(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def take_tensors(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
+) -> None:
     """Let ``model`` take the tensors of the arguments one by one; all else in them is constant.
 
-    The exporter would turn numbers into inputs, and keywords into positions. The result is a tensor
-    or a tuple of the tensors in it: the exporter would turn numbers into outputs.
+    The exporter would turn numbers into inputs, and keywords into positions. What the model returns
+    becomes a tensor or a tuple of the tensors in it: numbers would become outputs, for while the
+    exporter traces they are tensors. ``result`` is what the model returns otherwise.
     """
     forward = model.forward
+    kept = [isinstance(leaf, Tensor) for leaf in flatten(result, _TRACED)[1]]
 
     def call(*leaves: Tensor) -> Any:
         left = iter(leaves)
         filled = map_tensors((args, kwargs), lambda _: next(left))
-        result = forward(*filled[0], **filled[1])
-        return result if isinstance(result, Tensor) else tuple(tensors(result))
+        traced = forward(*filled[0], **filled[1])
+        if isinstance(traced, Tensor):
+            return traced
+        return tuple(itertools.compress(flatten(traced, _TRACED)[1], kept))
 
     model.forward = call
 

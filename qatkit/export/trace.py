@@ -55,8 +55,9 @@ def trace(
     inputs = arguments(model, args, kwargs)
     buffer: Any = io.BytesIO()
     with exportable(opset):
-        outputs = output_names(_run(lowered, args, kwargs, type(model).__name__))
-        take_tensors(lowered, args, kwargs)
+        result = _run(lowered, args, kwargs, type(model).__name__)
+        outputs = output_names(result)
+        take_tensors(lowered, args, kwargs, result)
         with _one_line_errors(type(model).__name__, opset):
             torch.onnx.export(
                 lowered,
