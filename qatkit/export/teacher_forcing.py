@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -73,6 +74,20 @@ def watch(model: nn.Module) -> Iterator[dict[str, list[Seen]]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def as_in_file(seen: dict[str, list[Seen]], proto: ModelProto) -> dict[str, list[Seen]]:
+    """Merge calls on equal tensors where the file has fewer: it drops copies such as ``clone``."""
+    nodes = (node for node in proto.graph.node if node.op_type == "DequantizeLinear")
+    in_file = Counter(node.name.removesuffix(SUFFIX_DQ).partition("#")[0] for node in nodes)
+    merged = {}
+    for name, calls in seen.items():
+        distinct: list[Seen] = []
+        for call in calls:
+            if not any(torch.equal(call.source, other.source) for other in distinct):
+                distinct.append(call)
+        merged[name] = distinct if len(calls) > in_file[name] else calls
+    return merged
 
 
 def run_forced(

@@ -18,7 +18,14 @@ from qatkit.export.inputs import to_cpu_float32
 from qatkit.export.lowering import folded_layers
 from qatkit.export.onnx_runtime import Array, feeds_of, read_onnx, run_onnx
 from qatkit.export.qdq import SUFFIX_DQ
-from qatkit.export.teacher_forcing import Seen, call_of, run_forced, selects, watch
+from qatkit.export.teacher_forcing import (
+    Seen,
+    as_in_file,
+    call_of,
+    run_forced,
+    selects,
+    watch,
+)
 from qatkit.export.verify_report import QuantizerCheck, VerifyReport
 from qatkit.export.weights import FoldedLayer
 from qatkit.graph.capture import split_inputs
@@ -57,6 +64,7 @@ def verify_onnx(path: str | os.PathLike[str], model: nn.Module, inputs: Any) -> 
     args, kwargs = to_cpu_float32(args), to_cpu_float32(kwargs)
     with torch.no_grad(), watch(clone) as seen, _one_line_errors(model):
         outputs = [tensor.numpy() for tensor in tensors(clone(*args, **kwargs))]
+    seen = as_in_file(seen, proto)
     feeds = feeds_of(proto, tensors((args, kwargs)), path)
     forced = run_forced(proto, seen, feeds, path)
     end_to_end = run_onnx(proto, feeds, path)

@@ -156,3 +156,18 @@ def test_the_model_is_left_alone(pair):
     assert all(module.training for module in model.modules())
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_layer_that_runs_on_a_copy_too(tmp_path):
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.c, self.d = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+
+        def forward(self, x):
+            return self.c(x) + self.c(x.clone()), self.c(self.d(x))
+
+    x = torch.randn(2, 3, 5, 5)
+    model = qatkit.prepare(Twice(), x)
+    qatkit.calibrate(model, [x], progress=False)
+    assert qatkit.export_onnx(model, x, tmp_path / "a.onnx", lint=False).verify.ok
