@@ -225,15 +225,16 @@ class TensorQuantizer(nn.Module):
         """Estimate the range of ``x`` and remember it; return the estimate."""
         with torch.no_grad():
             low, high = self._estimate(x)
-            if _saw_nothing(x, high):
+            alone = self.spec.memory == "latest" or not self.training or _world_size() == 1
+            if alone and _saw_nothing(x, high):  # no rank may stay away from a collective
                 return low, high
+            if not alone:
+                low, high = _mean_over_ranks(low, high)
             if self.spec.memory == "latest":
                 self.min_val.copy_(low)
                 self.max_val.copy_(high)
                 self.num_batches.add_(1)
             else:
-                if self.training and _world_size() > 1:
-                    low, high = _mean_over_ranks(low, high)
                 state = (self.min_val, self.max_val, self.num_batches)
                 update(OBSERVERS[self.spec.observer].remember, state, (low, high), self.spec)
         self._has_range = True
