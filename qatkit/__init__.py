@@ -6,7 +6,8 @@ In the order of use: `plan`, `prepare`, `calibrate`, training with a `QATSchedul
 from typing import TYPE_CHECKING
 
 from qatkit import nn
-from qatkit.calibrate import CalibrationReport, calibrate
+from qatkit.calibrate import calibrate
+from qatkit.calibration_report import CalibrationReport
 from qatkit.checkpoint import load, save
 from qatkit.config import QuantConfig, Rule
 from qatkit.errors import QatkitError

@@ -24,6 +24,7 @@ LAYERS = (
     (
         "prepare",
         "batches",
+        "calibration_report",
         "calibrate",
         "collecting",
         "schedule",
