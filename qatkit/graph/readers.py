@@ -164,8 +164,9 @@ class _Finder:
             self._skip(function_path(call), reason)
 
     def _own_forward(self, path: str, module: nn.Module) -> None:
-        kind = type(module).__name__
-        reason = f"{kind} is not a plain torch.nn layer: its own forward cannot be replaced"
+        kind = type(module)
+        home = "" if kind.__module__.startswith("torch.nn.") else f" ({kind.__module__})"
+        reason = f"{kind.__name__}{home} is not a plain torch.nn layer: it may have its own forward"
         self._skip(path, reason)
 
     def _layer(self, call: Call, *, first_or_last: bool) -> None:

@@ -66,7 +66,7 @@ STAY_FLOAT = {
     "subclass_of_linear": (
         lambda: nn.Sequential(nn.Flatten(2), OwnLinear(144, 144), nn.Unflatten(2, (12, 12))),
         "block.1",
-        "OwnLinear is not a plain torch.nn layer",
+        "OwnLinear (tests.graph.test_placement) is not a plain torch.nn layer",
     ),
     "functional": (Functional, "block.conv2d", "functional conv2d has no module"),
     "attention": (
