@@ -13,6 +13,7 @@ from qatkit.graph.placement import place
 from qatkit.graph.plan import Plan, join_path
 from qatkit.graph.rewrite import rewrite
 from qatkit.modes import require_module
+from qatkit.nn.fast_path import avoid_fast_path
 from qatkit.nn.quantized import QuantizedInput, QuantizedWeight, swap, swappable
 from qatkit.quantizer import TensorQuantizer, share_range
 
@@ -118,6 +119,8 @@ def apply_plan(wanted: Plan, model: nn.Module) -> None:
         _attach_activations(wanted, model)
         for block in wanted.blocks:
             rewrite(modules[block.path], block)
+        for module in modules.values():
+            avoid_fast_path(module)
     except BaseException:
         for module, (kind, state) in before.items():
             module.__class__ = kind
