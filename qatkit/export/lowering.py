@@ -101,7 +101,9 @@ def _replace_quantizers(model: nn.Module) -> None:
     for module in list(model.modules()):
         for name, child in list(module._modules.items()):
             if isinstance(child, TensorQuantizer):
-                module._modules[name] = made.setdefault(id(child), _stand_in(child))
+                if id(child) not in made:
+                    made[id(child)] = _stand_in(child)
+                module._modules[name] = made[id(child)]
 
 
 def _stand_in(quantizer: TensorQuantizer) -> nn.Module:

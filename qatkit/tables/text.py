@@ -55,8 +55,3 @@ def finite(text: str, where: str, what: str) -> float:
     if not math.isfinite(number):
         raise QatkitError(f"{where}: {what} is {shorten(text, 40)!r}, give a finite number")
     return number
-
-
-def source_name(path: str | os.PathLike[str] | None, kind: str) -> str:
-    """Return how messages call a file, or the text if there is none."""
-    return kind if path is None else os.fspath(path)

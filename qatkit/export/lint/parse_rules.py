@@ -14,7 +14,6 @@ from qatkit.export.lint.rule import Rule
 from qatkit.export.lint.walks import FLOATS, quantized_shape, scale_of
 
 PARSER = "[C] onnx-tensorrt parser, QuantDequantLinearHelper"
-QDQ_OPS = frozenset({"QuantizeLinear", "DequantizeLinear"})
 INTEGER_OP = re.compile(r"^QLinear|Integer$|^DynamicQuantizeLinear$")
 FOREIGN_QUANT_OP = re.compile(
     r"quant|^Q(Linear|Gemm|Attention|Embed|Ordered|MoE)|IntegerToFloat|Integer$|NBits|^BipolarQ",
