@@ -20,7 +20,7 @@ from qatkit.freeze import saved_range
 from qatkit.functional import count_nonfinite
 from qatkit.graph.structure import tensors
 from qatkit.modes import disable_quantization, quantizers, select_quantizers
-from qatkit.nn.quantized import QuantizedWeight
+from qatkit.nn.weights import weights_of
 from qatkit.observers import CALIBRATORS
 from qatkit.observers.calibrators import Settings, check_settings
 from qatkit.quantizer import TensorQuantizer
@@ -191,7 +191,7 @@ def _activations(
     model: nn.Module, quantizers: dict[str, TensorQuantizer]
 ) -> dict[str, TensorQuantizer]:
     """Return those of the quantizers that are not of weights."""
-    weights = {id(m.weight_quantizer) for m in model.modules() if isinstance(m, QuantizedWeight)}
+    weights = {id(weight.quantizer) for weight in weights_of(model)}
     return {path: each for path, each in quantizers.items() if id(each) not in weights}
 
 

@@ -15,7 +15,7 @@ from qatkit.nn.batchnorm import (
     statistics_are_frozen,
     thaw_statistics,
 )
-from qatkit.nn.quantized import QuantizedWeight
+from qatkit.nn.weights import Weight, weights_of
 from qatkit.quantizer import TensorQuantizer
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ def freeze_ranges(model: nn.Module) -> Mode:
                 "qatkit.calibrate(model, data) or train first, "
                 f"or qatkit.disable_quantization(model, {missing[0]!r}).apply()"
             )
-        return _freeze([quantizer for _, quantizer in quantizers(model)], _weights(model))
+        return _freeze([quantizer for _, quantizer in quantizers(model)], list(weights_of(model)))
 
     return Mode(change)
 
@@ -80,9 +80,9 @@ def freeze_known_ranges(model: nn.Module, *, keep_weight_ranges: bool = False) -
             "them a range",
             ", ".join(sorted(missing)),
         )
-    weights = _weights(model)
+    weights = list(weights_of(model))
     if keep_weight_ranges:
-        weights = [layer for layer in weights if not layer.weight_quantizer.calibrated]
+        weights = [weight for weight in weights if not weight.quantizer.calibrated]
     _freeze([each for path, each in quantizers(model) if path not in missing], weights)
 
 
@@ -126,7 +126,7 @@ def freeze_batch_norm(model: nn.Module) -> Mode:
 
 def _without_range(model: nn.Module) -> list[str]:
     """Return the paths of the quantizers that would need a range and have none."""
-    follows = {id(layer.weight_quantizer) for layer in _weights(model)}
+    follows = {id(weight.quantizer) for weight in weights_of(model)}
     return [
         path
         for path, quantizer in quantizers(model)
@@ -134,19 +134,15 @@ def _without_range(model: nn.Module) -> list[str]:
     ]
 
 
-def _weights(model: nn.Module) -> list[QuantizedWeight]:
-    return [module for module in model.modules() if isinstance(module, QuantizedWeight)]
-
-
-def _freeze(frozen: list[TensorQuantizer], weights: list[QuantizedWeight]) -> Undo:
+def _freeze(frozen: list[TensorQuantizer], weights: list[Weight]) -> Undo:
     """Freeze quantizers, those of ``weights`` with the range of the weight at hand."""
     followers = [
-        layer
-        for layer in weights
-        if layer.weight_quantizer.observe != "never" or not layer.weight_quantizer.calibrated
+        weight
+        for weight in weights
+        if weight.quantizer.observe != "never" or not weight.quantizer.calibrated
     ]
     modes = [(quantizer, quantizer.observe) for quantizer in frozen]
-    ranges = [(layer.weight_quantizer, saved_range(layer.weight_quantizer)) for layer in followers]
+    ranges = [(weight.quantizer, saved_range(weight.quantizer)) for weight in followers]
 
     def undo() -> None:
         for quantizer, mode in modes:
@@ -155,8 +151,8 @@ def _freeze(frozen: list[TensorQuantizer], weights: list[QuantizedWeight]) -> Un
             quantizer.load_state_dict(state)
 
     try:
-        for layer in followers:
-            _observe_weight(layer)
+        for weight in followers:
+            _observe_weight(weight)
     except BaseException:
         undo()
         raise
@@ -170,14 +166,13 @@ def saved_range(quantizer: TensorQuantizer) -> dict[str, Tensor]:
     return {name: buffer.clone() for name, buffer in quantizer.state_dict().items()}
 
 
-def _observe_weight(layer: QuantizedWeight) -> None:
+def _observe_weight(weight: Weight) -> None:
     """Let the weight quantizer remember the range of the weight as it sees it."""
-    quantizer = layer.weight_quantizer
+    quantizer = weight.quantizer
     before = quantizer.observe, quantizer.quantize
     quantizer.observe, quantizer.quantize = "always", False
     try:
         with torch.no_grad():
-            scale = layer.weight_fold_scale()
-            quantizer(layer.weight if scale is None else layer.weight.float() * scale)
+            quantizer(weight.seen)
     finally:
         quantizer.observe, quantizer.quantize = before

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from qatkit.config import QuantConfig
 from qatkit.errors import QatkitError
 from qatkit.graph.capture import capture
 from qatkit.graph.placement import place
-from qatkit.graph.plan import Plan, join_path
+from qatkit.graph.plan import Plan, QuantizerPlan
 from qatkit.graph.rewrite import rewrite
 from qatkit.modes import require_module
+from qatkit.nn.attention import OPERANDS, ScaledDotProductAttention
 from qatkit.nn.fast_path import avoid_fast_path
-from qatkit.nn.quantized import QuantizedInput, QuantizedWeight, swap, swappable
+from qatkit.nn.quantized import (
+    QuantizedComposite,
+    QuantizedInput,
+    QuantizedWeight,
+    weight_quantizer_for,
+)
+from qatkit.nn.registry import swap, swappable
+from qatkit.nn.slots import SUFFIX
 from qatkit.quantizer import TensorQuantizer, share_range
 
 _PLAN = "_qatkit_plan"
@@ -152,17 +160,46 @@ def _check(wanted: Plan, modules: dict[str, nn.Module], name: str) -> None:
 
 
 def _swap_layers(wanted: Plan, modules: dict[str, nn.Module]) -> None:
-    weights = {entry.path: entry.spec for entry in wanted.quantizers if entry.role == "weight"}
+    for layer in wanted.layers:
+        swap(modules[layer.path])
+    for block in wanted.blocks:
+        for replaced in block.replacements:
+            parent, _, name = replaced.module.rpartition(".")
+            owner = modules[block.path].get_submodule(parent)
+            owner.add_module(name, ScaledDotProductAttention())
+    for entry in wanted.quantizers:
+        if entry.role == "weight":
+            _attach_weight(entry, modules)
     for layer in wanted.layers:
         module = modules[layer.path]
-        swap(module)
-        if isinstance(module, QuantizedWeight):
-            weight_path = join_path(layer.path, "weight_quantizer")
-            module.attach_weight(weights[weight_path])
-            module.weight_quantizer.name = weight_path
-            module.weight_quantizer.training = module.training
-            if layer.batch_norm is not None and wanted.config.fold_batch_norm:
-                module.fold(modules[layer.batch_norm])
+        if (
+            isinstance(module, QuantizedWeight)
+            and layer.batch_norm
+            and wanted.config.fold_batch_norm
+        ):
+            module.fold(modules[layer.batch_norm])
+
+
+def _attach_weight(entry: QuantizerPlan, modules: dict[str, nn.Module]) -> None:
+    """Put the quantizer of a weight beside it, or in the block that computes the weight."""
+    parent, _, name = entry.path.rpartition(".")
+    owner = modules[parent]
+    if isinstance(owner, QuantizedWeight) and name == "weight_quantizer":
+        owner.attach_weight(entry.spec)
+    elif entry.channels is None and isinstance(found := _beside(owner, name), Tensor):
+        owner.add_module(name, weight_quantizer_for(found, entry.spec))
+    else:
+        spec = entry.spec.replace(memory="latest")
+        device = next((parameter.device for parameter in owner.parameters()), None)
+        owner.add_module(name, TensorQuantizer(spec, entry.channels, device=device))
+    quantizer = owner.get_submodule(name)
+    assert isinstance(quantizer, TensorQuantizer)
+    quantizer.name = entry.path
+    quantizer.training = owner.training
+
+
+def _beside(owner: nn.Module, quantizer: str) -> object:
+    return getattr(owner, quantizer.removesuffix(SUFFIX), None)
 
 
 def _attach_activations(wanted: Plan, model: nn.Module) -> None:
@@ -186,5 +223,24 @@ def _attach_activations(wanted: Plan, model: nn.Module) -> None:
                 module.input_is_quantized = parent in relieved
             else:
                 module.add_module(name, quantizer)
+    _fill_slots(model)
     for group in wanted.groups:
         share_range([made[path] for path in group])
+
+
+def _fill_slots(model: nn.Module) -> None:
+    """Put identities where a rule left out a quantizer that a forward calls."""
+    for module in list(model.modules()):
+        for name in _called_by(module):
+            if name not in module._modules:
+                module.add_module(name, nn.Identity())
+
+
+def _called_by(module: nn.Module) -> tuple[str, ...]:
+    """Return the names of the quantizers that the forward of a layer calls."""
+    if isinstance(module, ScaledDotProductAttention):
+        return tuple(name for group in OPERANDS for name in group)
+    if isinstance(module, QuantizedComposite):
+        slots = type(module).slots(module)
+        return (*slots.inputs, *(name for group in slots.inner for name in group))
+    return ()

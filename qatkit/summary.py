@@ -9,7 +9,7 @@ from torch import nn
 from qatkit.graph.plan import table
 from qatkit.modes import quantizers, require_module
 from qatkit.nn.batchnorm import batch_norms, statistics_are_frozen
-from qatkit.nn.quantized import QuantizedWeight
+from qatkit.nn.weights import weights_of
 from qatkit.quantizer import TensorQuantizer
 
 
@@ -131,12 +131,8 @@ def summary(model: nn.Module) -> Summary:
     0.weight_quantizer  -       8     minmax, axis 0  on                -    -    -      -
     """
     require_module(model, "summary")
-    layers = {
-        path: module
-        for path, module in model.named_modules()
-        if isinstance(module, QuantizedWeight)
-    }
-    weights = {id(layer.weight_quantizer) for layer in layers.values()}
+    found = list(weights_of(model))
+    weights = {id(weight.quantizer) for weight in found}
     times: dict[int, int] = {}
     for _, module in model.named_modules(remove_duplicate=False):
         times[id(module)] = times.get(id(module), 0) + 1
@@ -148,9 +144,9 @@ def summary(model: nn.Module) -> Summary:
     )
     paths = {id(module): path for path, module in model.named_modules()}
     folds = tuple(
-        Fold(path, paths.get(id(norm)), statistics_are_frozen(norm))
-        for path, layer in layers.items()
-        if (norm := layer.batch_norm) is not None
+        Fold(paths[id(weight.owner)], paths.get(id(norm)), statistics_are_frozen(norm))
+        for weight in found
+        if weight.layer is not None and (norm := weight.layer.batch_norm) is not None
     )
     norms = [norm for _, norm in batch_norms(model)]
     frozen = sum(statistics_are_frozen(norm) for norm in norms)

@@ -57,7 +57,7 @@ def compare_codes(
     Raises:
         QatkitError: the shapes differ.
     """
-    name = dq.name.removesuffix(SUFFIX_DQ)
+    name = dq.name.removesuffix(SUFFIX_DQ).replace(".T", "")
     if expected.shape != found.shape:
         raise QatkitError(
             f"{name}: is {found.shape} in the file and {expected.shape} in the model; "

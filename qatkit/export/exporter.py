@@ -12,6 +12,7 @@ from torch import nn
 
 from qatkit.errors import MissingExtraError, QatkitError
 from qatkit.export.cleanup import batch_norm_to_affine, remove_identities, remove_unused
+from qatkit.export.constants import fold_constants
 from qatkit.export.inputs import to_cpu_float32
 from qatkit.export.lint import lint_onnx
 from qatkit.export.lowering import lower
@@ -77,8 +78,9 @@ def export_onnx(
     prepared = plan_of(model)
     backend = "tensorrt" if prepared is None else prepared.config.backend
     with replacing(path) as temporary:
-        lowered = lower(model)
+        lowered = lower(model, args, kwargs)
         proto = trace(lowered, model, args, kwargs, opset=opset, dynamic_batch=dynamic_batch)
+        fold_constants(proto)
         insert_qdq(proto, int8_weights=weights == "int8")
         data = _finish(proto, opset)
         temporary.write_bytes(data)

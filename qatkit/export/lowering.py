@@ -6,13 +6,17 @@ Its weights are folded, and a marker stands for each quantizer.
 from __future__ import annotations
 
 import copy
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from qatkit.errors import QatkitError, shorten
 from qatkit.export.marker import Marker
-from qatkit.export.weights import FoldedLayer, fold_layer
-from qatkit.nn.quantized import QuantizedWeight
+from qatkit.export.weights import FoldedLayer, fold_layer, quantize_parameter
+from qatkit.modes import quantizers
+from qatkit.nn.slots import quantizer_of
+from qatkit.nn.weights import Weight, weights_of
 from qatkit.prepare import plan_of
 from qatkit.quantizer import TensorQuantizer
 
@@ -33,8 +37,13 @@ class Uncalibrated(nn.Module):
         )
 
 
-def lower(model: nn.Module) -> nn.Module:
+def lower(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Any = None) -> nn.Module:
     """Return the copy, in eval mode, float32, on the CPU.
+
+    Args:
+        model: a prepared model.
+        args: positional arguments that it runs on.
+        kwargs: keyword arguments that it runs on.
 
     Raises:
         QatkitError: a quantizer has a grid that the file cannot hold, or the model cannot be
@@ -49,42 +58,66 @@ def lower(model: nn.Module) -> nn.Module:
         ) from None
     lowered = lowered.eval().float().cpu()
     _name_quantizers(lowered)
-    for path, folded in folded_layers(lowered).items():
-        _replace_weight(lowered, path, folded)
+    _observe_computed_weights(lowered, args, kwargs or {})
+    for weight, folded in folded_weights(lowered):
+        _replace_weight(lowered, weight, folded)
     _replace_quantizers(lowered)
     return lowered
 
 
-def folded_layers(model: nn.Module) -> dict[str, FoldedLayer]:
-    """Return each quantized layer of a prepared model as it is exported, by path."""
+def _observe_computed_weights(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Let quantizers of weights that a forward computes remember the range of those at hand."""
+    known = {id(weight.quantizer) for weight in weights_of(model)}
+    computed = [
+        each
+        for _, each in quantizers(model)
+        if each.spec.memory == "latest" and each.observe != "never" and id(each) not in known
+    ]
+    if not computed:
+        return
+    for quantizer in computed:
+        quantizer.observe = "always"
+    with torch.no_grad():
+        model(*args, **kwargs)
+    for quantizer in computed:
+        quantizer.observe = "never"
+
+
+def folded_weights(model: nn.Module) -> list[tuple[Weight, FoldedLayer]]:
+    """Return each quantized weight of a prepared model, and what is exported for it."""
     plan = plan_of(model)
     norms = {} if plan is None else {layer.path: layer.batch_norm for layer in plan.layers}
-    layers: dict[str, FoldedLayer] = {}
-    for path, module in model.named_modules():
-        if isinstance(module, QuantizedWeight):
-            _check_grid(module.weight_quantizer)
-            planned = norms.get(path)
-            norm = module.batch_norm if planned is None else model.get_submodule(planned)
-            inside = any(norm is other for other in model.modules())
-            layers[path] = fold_layer(module, norm if inside else None)
-    return layers
+    found: list[tuple[Weight, FoldedLayer]] = []
+    for weight in weights_of(model):
+        _check_grid(weight.quantizer)
+        layer = weight.layer
+        if layer is None:
+            found.append((weight, quantize_parameter(weight)))
+            continue
+        planned = norms.get(weight.path.rpartition(".")[0])
+        norm = layer.batch_norm if planned is None else model.get_submodule(planned)
+        inside = any(norm is other for other in model.modules())
+        found.append((weight, fold_layer(layer, norm if inside else None)))
+    return found
 
 
-def _replace_weight(model: nn.Module, path: str, folded: FoldedLayer) -> None:
-    layer = model.get_submodule(path)
-    assert isinstance(layer, QuantizedWeight)
-    quantizer = layer.weight_quantizer
+def _replace_weight(model: nn.Module, weight: Weight, folded: FoldedLayer) -> None:
+    owner, quantizer = weight.owner, weight.quantizer
     if folded.batch_norm is not None:
         _remove(model, folded.batch_norm)
-    layer._batch_norm = ()
-    layer.weight = nn.Parameter(folded.weight, requires_grad=False)
-    layer.bias = None if folded.bias is None else nn.Parameter(folded.bias, requires_grad=False)
+    if weight.layer is not None:
+        weight.layer._batch_norm = ()
+        weight.layer.weight = nn.Parameter(folded.weight, requires_grad=False)
+        bias = None if folded.bias is None else nn.Parameter(folded.bias, requires_grad=False)
+        weight.layer.bias = bias
     stand_in: nn.Module = nn.Identity()
     if folded.scale is not None:
         spec = quantizer.spec
         grid = (spec.quant_min, spec.quant_max)
         stand_in = Marker(quantizer.name, folded.scale, *grid, folded.axis)
-    layer._modules["weight_quantizer"] = stand_in
+    owner._modules[quantizer_of(weight.name)] = stand_in
 
 
 def _remove(model: nn.Module, norm: nn.Module) -> None:

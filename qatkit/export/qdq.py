@@ -74,6 +74,7 @@ class _Pass:
         self._count: dict[str, int] = {}
 
     def run(self) -> None:
+        self._split_weights()
         transposes = self._transposed_weights()
         for node in self._graph.node:
             for i, name in enumerate(node.input):
@@ -102,6 +103,50 @@ class _Pass:
             helper.make_node("Identity", [self._renamed[name]], [name], f"{name}/Identity")
         )
 
+    def _split_weights(self) -> None:
+        """Give each slice of the rows of a marked weight a marked weight of its own."""
+        makers = {node.output[0]: node for node in self._graph.node}
+        nodes: list[NodeProto] = []
+        for node in self._graph.node:
+            marker = makers.get(node.input[0]) if node.op_type == "Slice" else None
+            if marker is None or marker.domain != DOMAIN or marker.input[0] not in self._constants:
+                nodes.append(node)
+                continue
+            rows = self._rows(node)
+            nodes.append(node if rows is None else self._part(marker, rows, node.output[0]))
+        read = {name for node in nodes for name in node.input}
+        read |= {output.name for output in self._graph.output}
+        kept = [node for node in nodes if node.domain != DOMAIN or node.output[0] in read]
+        del self._graph.node[:]
+        self._graph.node.extend(kept)
+
+    def _rows(self, node: NodeProto) -> slice | None:
+        """Return the rows that a Slice takes, ``None`` if it is no plain slice of axis 0."""
+        start, stop, axis, *step = (
+            self._to_array(self._constant(name)).tolist() for name in node.input[1:]
+        )
+        plain = len(start) == 1 and axis == [0] and step in ([], [[1]])
+        return slice(start[0], stop[0]) if plain else None
+
+    def _part(self, marker: NodeProto, rows: slice, output: str) -> NodeProto:
+        """Return a marker of some rows of a weight, its constants added."""
+        from onnx import helper
+
+        attributes = _attributes(marker)
+        weight = self._to_array(self._constants[marker.input[0]])
+        scale = self._to_array(self._constant(marker.input[1]))
+        first, last, _ = rows.indices(weight.shape[0])
+        name = name_view(attributes["name"].decode(), (first, last))
+        parts = [weight[rows], scale[rows] if attributes["axis"] == 0 else scale]
+        inputs = [f"{name}.raw", f"{name}.step"]
+        for part, constant in zip(parts, inputs, strict=True):
+            self._add_constant(constant, part)
+            self._constants[constant] = self._graph.initializer[-1]
+        del attributes["name"]
+        part = helper.make_node(OPERATOR, inputs, [output], name, domain=DOMAIN, **attributes)
+        part.attribute.append(helper.make_attribute("name", name))
+        return part
+
     def _transposed_weights(self) -> dict[str, NodeProto]:
         """Return the transpose behind each marked weight that is read by nothing else."""
         readers: dict[str, list[NodeProto]] = {}
@@ -111,8 +156,6 @@ class _Pass:
         found = {}
         for node in self._graph.node:
             if node.domain != DOMAIN or node.input[0] not in self._constants:
-                continue
-            if not _attributes(node)["name"].endswith(b"weight_quantizer"):
                 continue
             behind = readers.get(node.output[0], [])
             if len(behind) == 1 and behind[0].op_type == "Transpose":
@@ -143,7 +186,8 @@ class _Pass:
             order = list(_attributes(transpose)["perm"])
             weight = np.ascontiguousarray(weight.transpose(order))
             axis = None if mark.axis is None else order.index(mark.axis)
-            mark = _Mark(mark.name, mark.scale, mark.quant_min, mark.quant_max, axis)
+            name = name_view(mark.name, transposed=order != sorted(order))
+            mark = _Mark(name, mark.scale, mark.quant_min, mark.quant_max, axis)
         base = self._base(mark.name)
         scale, zero = self._grid(base, mark)
         shape = [-1 if d == mark.axis else 1 for d in range(weight.ndim)]
@@ -203,6 +247,23 @@ class _Pass:
         raise QatkitError(
             f"{name}: the exporter made a scale that is not a constant; report this model"
         )
+
+
+def name_view(name: str, rows: tuple[int, int] | None = None, *, transposed: bool = False) -> str:
+    """Return what the nodes of a part of a weight, or of its transpose, are called.
+
+    >>> split_view(name_view("in_proj_weight_quantizer", (0, 64), transposed=True))
+    ('in_proj_weight_quantizer', slice(0, 64, None), True)
+    """
+    return name + (f"[{rows[0]}:{rows[1]}]" if rows else "") + (".T" if transposed else "")
+
+
+def split_view(name: str) -> tuple[str, slice, bool]:
+    """Return the name of a quantizer, the rows of its weight, and whether it is transposed."""
+    transposed = name.endswith(".T")
+    whole, _, rows = name.removesuffix(".T").removesuffix("]").partition("[")
+    first, _, last = rows.partition(":")
+    return whole, slice(int(first), int(last)) if rows else slice(None), transposed
 
 
 def _attributes(node: NodeProto) -> dict[str, Any]:

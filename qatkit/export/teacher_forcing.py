@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from qatkit.errors import QatkitError
 from qatkit.export.codes import Constants, compare_codes
 from qatkit.export.onnx_runtime import Array, run_onnx
-from qatkit.export.qdq import SUFFIX_DQ
+from qatkit.export.qdq import SUFFIX_DQ, split_view
 from qatkit.export.verify_report import QuantizerCheck
 from qatkit.kernels.portable import along
 from qatkit.modes import quantizers
@@ -79,7 +79,7 @@ def watch(model: nn.Module) -> Iterator[dict[str, list[Seen]]]:
 def as_in_file(seen: dict[str, list[Seen]], proto: ModelProto) -> dict[str, list[Seen]]:
     """Merge calls on equal tensors where the file has fewer: it drops copies such as ``clone``."""
     nodes = (node for node in proto.graph.node if node.op_type == "DequantizeLinear")
-    in_file = Counter(node.name.removesuffix(SUFFIX_DQ).partition("#")[0] for node in nodes)
+    in_file = Counter(quantizer_of(node)[0] for node in nodes)
     merged = {}
     for name, calls in seen.items():
         distinct: list[Seen] = []
@@ -142,15 +142,20 @@ def call_of(dq: NodeProto, seen: dict[str, list[Seen]], path: Any) -> Seen:
     Raises:
         QatkitError: there is none.
     """
-    name, _, number = dq.name.removesuffix(SUFFIX_DQ).partition("#")
+    name, index = quantizer_of(dq)
     calls = seen.get(name, [])
-    index = int(number or 0)
     if index >= len(calls):
         raise QatkitError(
             f"{path}: its quantizer {name!r} is not in the model; "
             "verify with the model it was exported from"
         )
     return calls[index]
+
+
+def quantizer_of(dq: NodeProto) -> tuple[str, int]:
+    """Return the name of the quantizer that a DequantizeLinear belongs to, and which call it is."""
+    name, _, number = dq.name.removesuffix(SUFFIX_DQ).partition("#")
+    return split_view(name)[0], int(number or 0)
 
 
 def _pairs(

@@ -15,9 +15,9 @@ from torch import nn
 from qatkit.errors import QatkitError, shorten
 from qatkit.export.codes import Constants, compare_codes, quantized
 from qatkit.export.inputs import to_cpu_float32
-from qatkit.export.lowering import folded_layers
+from qatkit.export.lowering import folded_weights
 from qatkit.export.onnx_runtime import Array, feeds_of, read_onnx, run_onnx
-from qatkit.export.qdq import SUFFIX_DQ
+from qatkit.export.qdq import SUFFIX_DQ, split_view
 from qatkit.export.teacher_forcing import (
     Seen,
     as_in_file,
@@ -27,15 +27,13 @@ from qatkit.export.teacher_forcing import (
     watch,
 )
 from qatkit.export.verify_report import QuantizerCheck, VerifyReport
-from qatkit.export.weights import FoldedLayer
 from qatkit.graph.capture import split_inputs
 from qatkit.graph.structure import tensors
 from qatkit.kernels.portable import along
 from qatkit.modes import require_module
-from qatkit.nn.quantized import QuantizedWeight
 
 if TYPE_CHECKING:
-    from onnx import ModelProto, NodeProto
+    from onnx import ModelProto
 
 
 def verify_onnx(path: str | os.PathLike[str], model: nn.Module, inputs: Any) -> VerifyReport:
@@ -75,7 +73,7 @@ def verify_onnx(path: str | os.PathLike[str], model: nn.Module, inputs: Any) -> 
         )
     difference = _Difference(outputs, end_to_end)
     checks = (*forced.checks, *_constants(proto, clone, seen, path))
-    compared = {check.name.partition("#")[0] for check in checks}
+    compared = {split_view(check.name.partition("#")[0])[0] for check in checks}
     return VerifyReport(
         quantizers=checks,
         missing=tuple(name for name in seen if name not in compared),
@@ -106,7 +104,7 @@ def _constants(
 ) -> list[QuantizerCheck]:
     """Compare the codes that an engine gets from each quantized constant with the model's."""
     constants = Constants(proto)
-    layers = {layer.weight_quantizer.name: folded for layer, folded in _layers(model)}
+    weights = {weight.quantizer.name: folded for weight, folded in folded_weights(model)}
     quantizes = {q.output[0]: q for q in proto.graph.node if q.op_type == "QuantizeLinear"}
     checks = []
     for node in proto.graph.node:
@@ -117,33 +115,20 @@ def _constants(
         if data not in constants:
             continue
         codes = constants[data] if source is None else quantized(source, constants)
-        layer = layers.get(node.name.removesuffix(SUFFIX_DQ).partition("#")[0])
-        if layer is None or layer.codes is None or layer.scale is None:
+        name, rows, transposed = split_view(node.name.removesuffix(SUFFIX_DQ).partition("#")[0])
+        weight = weights.get(name)
+        if weight is None or weight.codes is None or weight.scale is None:
             call = call_of(node, seen, path)
-            wanted, step = call.codes, call.scale
+            wanted, step = call.codes, np.broadcast_to(call.scale, call.codes.shape)
         else:
-            wanted = layer.codes.numpy()
-            spread = along(layer.scale, layer.codes, layer.axis)
-            step = torch.as_tensor(spread).expand_as(layer.codes).numpy()
-            if any(_reads_transposed(reader, node.output[0]) for reader in proto.graph.node):
-                wanted, step = wanted.T, step.T
+            wanted = weight.codes.numpy()
+            spread = along(weight.scale, weight.codes, weight.axis)
+            step = torch.as_tensor(spread).expand_as(weight.codes).numpy()
+            wanted, step = wanted[rows], step[rows]
+        if transposed:
+            wanted, step = np.swapaxes(wanted, -1, -2), np.swapaxes(step, -1, -2)
         checks.append(compare_codes(node, codes, wanted, step, constants))
     return checks
-
-
-def _layers(model: nn.Module) -> Iterator[tuple[QuantizedWeight, FoldedLayer]]:
-    for path, folded in folded_layers(model).items():
-        layer = model.get_submodule(path)
-        assert isinstance(layer, QuantizedWeight)
-        yield layer, folded
-
-
-def _reads_transposed(reader: NodeProto, weight: str) -> bool:
-    """Tell whether a node reads ``weight`` as (C_in, C_out), the other way than a linear layer."""
-    if weight not in reader.input:
-        return False
-    swapped = any(attribute.name == "transB" and attribute.i for attribute in reader.attribute)
-    return reader.op_type == "MatMul" or (reader.op_type == "Gemm" and not swapped)
 
 
 class _Difference:

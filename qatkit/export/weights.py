@@ -14,6 +14,7 @@ from qatkit.errors import QatkitError
 from qatkit.functional import fold_factor
 from qatkit.kernels.portable import SMALLEST_SCALE, along
 from qatkit.nn.quantized import QuantizedWeight
+from qatkit.nn.weights import Weight
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +84,19 @@ def fold_layer(layer: QuantizedWeight, norm: nn.Module | None) -> FoldedLayer:
         if int(signed.max()) > quantizer.spec.quant_max:  # -128 has no positive counterpart
             return _finish(codes, scale, axis, bias, None)
         return _finish(signed, scale * factor.abs(), layer.output_axis, folded_bias, norm)
+
+
+def quantize_parameter(weight: Weight) -> FoldedLayer:
+    """Put a parameter on its grid: one with a quantizer of its own and no batch norm behind it."""
+    with torch.no_grad():
+        raw = weight.seen.detach().float()
+        if not weight.quantizer.quantize:
+            return FoldedLayer(raw, None, None, None, None, None)
+        grid = weight.quantizer.grid_for(raw)
+        assert grid is not None, "a weight always has a range"
+        scale, axis = grid[0].float(), weight.quantizer.spec.axis
+        codes = torch.round(weight.quantizer(raw) / along(scale, raw, axis)).to(torch.int32)
+        return _finish(codes, scale, axis, None, None)
 
 
 def _finish(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +42,14 @@ class CallForm:
         args, kwargs = unflatten(template, (_Slot(i) for i in range(1_000_000)))
         self._bound, self._slots = self._bind(args, kwargs)
 
+    @property
+    def paths(self) -> list[tuple[Any, ...]]:
+        """Where each tensor of the template goes: name of the parameter, then keys and indices."""
+        args, kwargs = unflatten(self._template, (_Slot(i) for i in range(1_000_000)))
+        bound = self._parameters.bind(None, *args, **kwargs)
+        found = dict(_leaves(bound.arguments, ()))
+        return [found[i] for i in range(len(self._slots))]
+
     def tensors(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor] | None:
         """Return the tensors of a call in the order of the template, ``None`` if it is another.
 
@@ -61,3 +70,15 @@ class CallForm:
         bound = self._parameters.bind(None, *args, **kwargs)
         bound.apply_defaults()
         return flatten((bound.args[1:], bound.kwargs), (Tensor, _Slot))
+
+
+def _leaves(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[int, tuple[Any, ...]]]:
+    """Yield the number and the path of each slot in a structure."""
+    if isinstance(value, _Slot):
+        yield value.index, path
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _leaves(item, (*path, key))
+    elif isinstance(value, tuple | list):
+        for i, item in enumerate(value):
+            yield from _leaves(item, (*path, i))

@@ -30,12 +30,14 @@ class Value:
         producer: the operator that made it, ``None`` for inputs and constants.
         constant: a parameter, a buffer, or computed from nothing else.
         shape: its shape on the example inputs.
+        name: path of the parameter or buffer that it is, else empty.
         consumers: the operators that read it, in order, each once.
     """
 
     producer: Call | None
     constant: bool
     shape: tuple[int, ...]
+    name: str = ""
     consumers: list[Call] = field(default_factory=list)
 
 
@@ -171,7 +173,8 @@ class _Recorder(TorchFunctionMode):
         self._keep: list[Tensor] = []
         self._leaf_depth = 0
         self._handles: list[Any] = []
-        self._constants = {id(t) for t in (*model.parameters(), *model.buffers())}
+        named = (*model.named_parameters(), *model.named_buffers())
+        self._constants = {id(tensor): name for name, tensor in named}
         for path, module in model.named_modules():
             before, after = self._hooks(path)
             self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
@@ -285,8 +288,8 @@ class _Recorder(TorchFunctionMode):
         """
         known = self._values.get(id(tensor))
         if known is None or known[1] != tensor._version:
-            constant = known is None and id(tensor) in self._constants
+            name = self._constants.get(id(tensor), "") if known is None else ""
             self._keep.append(tensor)
-            known = Value(None, constant, tuple(tensor.shape)), tensor._version
+            known = Value(None, bool(name), tuple(tensor.shape), name), tensor._version
             self._values[id(tensor)] = known
         return known[0]

@@ -24,27 +24,6 @@ class Unfaithful(Exception):
     """The graph would not do what the forward does; the message says why."""
 
 
-class LevelTracer(fx.Tracer):
-    """Stops at every child module, and where the forward changes the gradient or autocast mode."""
-
-    proxy_buffer_attributes = True
-
-    def __init__(self) -> None:
-        """Remember the modes outside."""
-        super().__init__()
-        self._modes = _modes()
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Say so of every module."""
-        return True
-
-    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        """Make a node, unless a context is open that it would lose."""
-        if _modes() != self._modes:
-            raise Unfaithful("it runs a part under no_grad or autocast")
-        return super().create_node(*args, **kwargs)
-
-
 @contextmanager
 def faithful(twin: nn.Module) -> Iterator[None]:
     """Raise `Unfaithful` if the body, a trace of ``twin``, did what a graph cannot hold."""
@@ -66,7 +45,8 @@ def check_constants(graph: fx.Graph, block: nn.Module) -> None:
         raise Unfaithful("it makes a tensor of numbers; keep that in a buffer")
 
 
-def _modes() -> tuple[bool, ...]:
+def modes() -> tuple[bool, ...]:
+    """Return which of the contexts are open that a graph cannot hold."""
     return (
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),

@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import nn
 
+from qatkit.nn.registry import swappable
+
 _COPIES = {
     "Reshape": (
         "reshape view view_as reshape_as unflatten pixel_shuffle pixel_unshuffle channel_shuffle"
@@ -37,7 +39,7 @@ _COMPUTES = {
     "Conv": "conv1d conv2d conv3d",
     "ConvTranspose": "conv_transpose1d conv_transpose2d conv_transpose3d",
     "Gemm": "linear",
-    "MatMul": "matmul bmm mm baddbmm addmm",
+    "MatMul": "matmul bmm mm mv baddbmm addmm addbmm einsum",
     "BatchNormalization": (
         "batch_norm batch_norm1d batch_norm2d batch_norm3d sync_batch_norm frozen_batch_norm2d"
     ),
@@ -139,14 +141,17 @@ def module_name(module: nn.Module) -> str:
     >>> module_name(nn.Conv2d(1, 1, 1)), KINDS[module_name(nn.Dropout())]
     ('conv2d', 'Identity')
     """
-    name = type(module).__name__
-    return _MODULES.get(name, name.lower())
+    names = [ancestor.__name__ for ancestor in type(module).__mro__]
+    return next((_MODULES[name] for name in names if name in _MODULES), names[0].lower())
 
 
 def is_leaf(module: nn.Module) -> bool:
-    """Tell whether a module is one operator: a childless layer of ``torch.nn`` or a known one."""
+    """Tell whether a module is one operator.
+
+    That is a layer which has a quantized form, a childless layer of ``torch.nn``, or a known one.
+    """
     kind = type(module)
-    if kind.__name__ in ("FrozenBatchNorm2d", "MultiheadAttention"):
+    if swappable(module) or kind.__name__ == "FrozenBatchNorm2d":
         return True
     containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
     childless = not any(True for _ in module.children())

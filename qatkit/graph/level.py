@@ -8,7 +8,7 @@ saw happen inside the block.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections import Counter, OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +16,11 @@ from torch import fx, nn
 
 from qatkit.errors import QatkitError, shorten
 from qatkit.graph.capture import Call, Value
-from qatkit.graph.guards import PLAIN, LevelTracer, Unfaithful, check_constants, faithful
+from qatkit.graph.guards import PLAIN, Unfaithful, check_constants, faithful
 from qatkit.graph.kinds import function_name
+from qatkit.graph.plain_forwards import plain_forward
 from qatkit.graph.structure import Template, flatten, rebuildable, unflatten
+from qatkit.graph.tracer import LevelTracer, Returns, of_form, returned_form
 
 
 class LevelError(QatkitError):
@@ -33,11 +35,13 @@ class Level:
         graph: the graph of the block's forward in eval mode.
         values: what each node that stands for tensors held in the recorded run.
         calls: the recorded call of each node that is one.
+        returns: what its children return.
     """
 
     graph: fx.Graph
     values: dict[fx.Node, Any]
     calls: dict[fx.Node, Call]
+    returns: Returns
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +57,9 @@ class Trace:
     settings: dict[str, Any]
 
 
-def trace_level(block: nn.Module, template: Template, *, training: bool) -> Trace:
+def trace_level(
+    block: nn.Module, template: Template, *, training: bool, returns: Returns = ()
+) -> Trace:
     """Trace the forward of ``block`` for a call of the form ``template``.
 
     Args:
@@ -61,6 +67,7 @@ def trace_level(block: nn.Module, template: Template, *, training: bool) -> Trac
         template: the form of ``(args, kwargs)``, see `qatkit.graph.structure`; its tensors are the
             placeholders.
         training: the mode to trace.
+        returns: the containers that child modules return.
 
     Returns:
         the graph, and the settings it was made with.
@@ -79,7 +86,7 @@ def trace_level(block: nn.Module, template: Template, *, training: bool) -> Trac
     twin.__class__ = _flat_class(float_class(type(block)), template, settings)
     try:
         with faithful(twin):
-            graph = LevelTracer().trace(twin)
+            graph = LevelTracer(returns).trace(twin)
         check_constants(graph, block)
         return Trace(graph, settings)
     except Unfaithful as error:
@@ -104,17 +111,34 @@ def signature(graph: fx.Graph) -> tuple[str, ...]:
     return tuple(lines)
 
 
-def match(block: nn.Module, call: Call) -> Level:
-    """Trace ``block`` and match the nodes with the recorded ``call`` of it.
+def match(block: nn.Module, calls: list[Call]) -> tuple[Level, ...]:
+    """Trace ``block`` and match the nodes with each of the recorded ``calls`` of it.
 
     Raises:
-        LevelError: the graph is not what the recorded run did, or training does something else than
-            eval.
+        LevelError: the graph is not what the recorded run did, the calls have different forms, or
+            training does something else than eval.
     """
-    graph = trace_level(block, call.template, training=False).graph
-    if signature(graph) != signature(trace_level(block, call.template, training=True).graph):
+    template, returns = calls[0].template, _returns(calls[0])
+    if any(call.template != template or _returns(call) != returns for call in calls):
+        raise LevelError("it is called with arguments of several forms")
+    graph = trace_level(block, template, training=False, returns=returns).graph
+    training = trace_level(block, template, training=True, returns=returns).graph
+    if signature(graph) != signature(training):
         raise LevelError("its forward does other operations in training than in eval")
-    return _Matcher(graph, call).run()
+    return tuple(_Matcher(graph, call, returns).run() for call in calls)
+
+
+def _returns(call: Call) -> Returns:
+    """Return the containers that the children of a recorded call returned."""
+    times: Counter[str] = Counter()
+    found = []
+    for child in call.children:
+        path = child.name.removeprefix(f"{call.name}." if call.name else "")
+        form = None if child.module is None else returned_form(child.outputs, Value)
+        if form is not None:
+            found.append((path, times[path], form))
+        times[path] += child.module is not None
+    return tuple(found)
 
 
 def float_class(kind: type[nn.Module]) -> type[nn.Module]:
@@ -125,8 +149,9 @@ def float_class(kind: type[nn.Module]) -> type[nn.Module]:
 class _Matcher:
     """Walks the nodes and the recorded calls side by side."""
 
-    def __init__(self, graph: fx.Graph, call: Call) -> None:
+    def __init__(self, graph: fx.Graph, call: Call, returns: Returns) -> None:
         self._graph = graph
+        self._returns = returns
         self._root = call
         self._pending = list(call.children)
         self._values: dict[fx.Node, Any] = {}
@@ -145,7 +170,7 @@ class _Matcher:
                 self._check_output(node)
         if any(not _constant(call) for call in self._pending):
             raise LevelError(f"torch.fx did not see its operation {self._pending[0].name!r}")
-        return Level(self._graph, self._values, self._calls)
+        return Level(self._graph, self._values, self._calls, self._returns)
 
     def _module_call(self, node: fx.Node) -> Call:
         prefix = f"{self._root.name}." if self._root.name else ""
@@ -163,6 +188,13 @@ class _Matcher:
     def _function(self, node: fx.Node) -> None:
         name = function_name(node.target)
         source: Any = node.args[0] if node.args else None
+        if node.target is of_form:
+            self._values[node] = self._values[source]
+            return
+        if node.target is OrderedDict:
+            items: Any = fx.node.map_arg(node.args[0], lambda arg: self._values.get(arg))
+            self._values[node] = OrderedDict((key, value) for key, value in items)
+            return
         if name == "getitem" and isinstance(self._values.get(source), tuple | list | dict):
             self._values[node] = self._values[source][node.args[1]]
             return
@@ -190,6 +222,12 @@ class _Matcher:
     def _take(self, node: fx.Node, call: Call) -> None:
         self._calls[node] = call
         self._values[node] = call.outputs
+        prefix = f"{self._root.name}." if self._root.name else ""
+        named = {value.name: value for value in call.inputs if value.name}
+        for argument in node.all_input_nodes:
+            name = f"{prefix}{argument.target}"
+            if argument.op == "get_attr" and name in named:
+                self._values[argument] = named[name]
 
     def _check_output(self, node: fx.Node) -> None:
         returned = fx.node.map_arg(node.args[0], lambda arg: self._values.get(arg))
@@ -205,7 +243,8 @@ class _Matcher:
 def _plain(value: Any) -> Any:
     """Return ``value`` as a compiled graph returns it: no subclass of list or dict outlives it."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        kind = OrderedDict if type(value) is OrderedDict else dict
+        return kind((key, _plain(item)) for key, item in value.items())
     if isinstance(value, tuple):
         return getattr(type(value), "_make", tuple)(_plain(item) for item in value)
     return [_plain(item) for item in value] if isinstance(value, list) else value
@@ -254,7 +293,7 @@ def _flat_class(
     """
     count = _count_tensors(template)
     names = "".join(f", x{i}" for i in range(count))
-    forward: Callable[..., Any] = kind.forward
+    forward = plain_forward(kind)
 
     def call(self: nn.Module, *leaves: Any) -> Any:
         args, kwargs = unflatten(template, iter(leaves))

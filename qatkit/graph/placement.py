@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from torch import nn
-
-from qatkit.backend import get_backend
 from qatkit.config import QuantConfig
 from qatkit.errors import QatkitError
-from qatkit.graph.capture import Call, Capture
+from qatkit.graph.capture import Capture
 from qatkit.graph.folds import find_folds
+from qatkit.graph.joins import read_gates, read_joins, read_pools
+from qatkit.graph.layers import name_unreached, read_layers
+from qatkit.graph.levels import Levels
 from qatkit.graph.plan import LayerPlan, Plan, QuantizerPlan, join_path
-from qatkit.graph.readers import Reader, Reading, find_readers
+from qatkit.graph.products import read_products
+from qatkit.graph.readers import Reading
 from qatkit.graph.scale_groups import find_groups
 from qatkit.graph.sharing import Sharing, share
 
@@ -21,66 +22,72 @@ def place(capture: Capture, config: QuantConfig) -> Plan:
     Raises:
         QatkitError: a rule of ``config`` matches nothing, or there is nothing to quantize.
     """
-    reading = find_readers(capture, config)
-    config.check_patterns(_paths(capture.copy, reading))
-    sharing = share(reading.readers, _calls_of_blocks(capture.root))
-    layers = _layers(reading, sharing, find_folds(capture))
+    reading = Reading(capture, config, Levels(capture))
+    read_layers(reading)
+    read_products(reading)
+    read_joins(reading)
+    read_gates(reading)
+    read_pools(reading)
+    name_unreached(reading)
+    config.check_patterns(_paths(reading))
+    sharing = share(reading)
     quantizers = _in_order(reading, sharing)
     if not quantizers:
         kind = type(capture.copy).__name__
         raise QatkitError(
             f"{kind}: nothing to quantize; it has no enabled convolution or linear layer"
         )
-    backend = get_backend(config.backend)
-    groups = find_groups(capture, sharing.values, backend, share_concat=config.share_concat_scales)
-    skipped = (*reading.skipped, *sharing.skipped)
+    groups = find_groups(
+        capture, sharing.values, reading.backend, share_concat=config.share_concat_scales
+    )
     return Plan(
-        config, layers, quantizers, tuple(sharing.blocks), _same_grid(groups, quantizers), skipped
+        config,
+        _layers(reading, sharing, find_folds(capture)),
+        quantizers,
+        tuple(sharing.blocks),
+        _same_grid(groups, quantizers),
+        (*reading.skipped, *sharing.skipped),
     )
 
 
-def _paths(model: nn.Module, reading: Reading) -> list[str]:
+def _paths(reading: Reading) -> list[str]:
     """Return every path that a rule can name."""
-    paths = [path for path, _ in model.named_modules() if path]
+    paths = [path for path, _ in reading.capture.copy.named_modules() if path]
     weights = [join_path(path, "weight_quantizer") for path in ["", *paths]]
     inputs = [join_path(path, "input_quantizer") for path in ["", *paths]]
-    blocks = [reader.quantizer for reader in reading.readers]
+    placed = [reader.quantizer for reader in reading.readers]
+    placed += [plan.path for owned in reading.owned.values() for plan in owned]
     skipped = [skip.path for skip in reading.skipped]
-    return [*paths, *weights, *inputs, *blocks, *skipped]
-
-
-def _calls_of_blocks(root: Call) -> dict[str, list[Call]]:
-    calls: dict[str, list[Call]] = {}
-    todo = [root]
-    while todo:
-        call = todo.pop()
-        if call.module is not None:
-            calls.setdefault(call.name, []).append(call)
-        todo.extend(call.children)
-    return calls
+    return [*paths, *weights, *inputs, *placed, *skipped]
 
 
 def _layers(reading: Reading, sharing: Sharing, folds: dict[str, str]) -> tuple[LayerPlan, ...]:
-    def plan(reader: Reader) -> LayerPlan:
-        kind = type(reader.calls[0].module).__name__
-        return LayerPlan(reader.path, kind, folds.get(reader.path), reader.path in sharing.relieved)
+    """Return the layers to swap in order of execution."""
+    first = {path: calls[0].index for path, calls in reading.levels.calls.items()}
+    order = sorted(reading.layers, key=lambda path: first.get(path, first.get(_parent(path), 0)))
+    return tuple(
+        LayerPlan(path, reading.layers[path], folds.get(path), path in sharing.relieved)
+        for path in order
+    )
 
-    return tuple(plan(reader) for reader in reading.readers if reader.is_layer)
+
+def _parent(path: str) -> str:
+    return path.rpartition(".")[0]
 
 
 def _in_order(reading: Reading, sharing: Sharing) -> tuple[QuantizerPlan, ...]:
-    """Return all quantizers: each tensor's where it is first read, then its readers' weights."""
-    owned = {path: plan for plan in sharing.quantizers for path in (plan.path, *plan.aliases)}
-    ordered: dict[str, QuantizerPlan] = {}
-    for reader in reading.readers:
-        if reader.quantizer in owned:
-            plan = owned[reader.quantizer]
-            ordered.setdefault(plan.path, plan)
-        if reader.path in reading.weights and reader.is_layer:
-            spec, reason = reading.weights[reader.path]
-            path = join_path(reader.path, "weight_quantizer")
-            ordered[path] = QuantizerPlan(path, (), "weight", spec, reason)
-    return tuple(ordered.values())
+    """Return all quantizers in order of execution, those of a layer after its inputs."""
+    plan_of = {path: plan for plan in sharing.quantizers for path in (plan.path, *plan.aliases)}
+    found = [
+        (reader.calls[0].index, 0, plan_of[reader.quantizer])
+        for reader in reading.readers
+        if reader.quantizer in plan_of
+    ]
+    first = {path: calls[0].index for path, calls in reading.levels.calls.items()}
+    first |= {path: calls[0].index for path, calls in reading.replaced.items()}
+    found += [(first[path], 1, plan) for path, owned in reading.owned.items() for plan in owned]
+    found.sort(key=lambda entry: entry[:2])
+    return tuple({plan.path: plan for _, _, plan in found[::-1]}.values())[::-1]
 
 
 def _same_grid(

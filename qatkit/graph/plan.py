@@ -31,6 +31,8 @@ class QuantizerPlan:
         role: ``"weight"`` or ``"activation"``.
         spec: how it quantizes.
         reason: the rule that asks for it.
+        channels: length of ``spec.axis`` in a tensor that a forward computes from parameters;
+            ``None`` for a parameter, which knows it.
     """
 
     path: str
@@ -38,6 +40,7 @@ class QuantizerPlan:
     role: str
     spec: QuantSpec
     reason: str
+    channels: int | None = None
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,21 @@ class Site:
 
 
 @dataclass(frozen=True)
+class Replacement:
+    """One function call inside a block whose place a quantized module takes.
+
+    Attributes:
+        node: index of the node.
+        module: path of the module relative to the block.
+        function: name of the function.
+    """
+
+    node: int
+    module: str
+    function: str
+
+
+@dataclass(frozen=True)
 class BlockPlan:
     """One block whose forward gets quantizer calls.
 
@@ -83,12 +101,16 @@ class BlockPlan:
         signature: what its forward does (`qatkit.graph.level.signature`), checked when the plan is
             applied.
         sites: the quantizer calls.
+        replacements: functions that become modules.
+        returns: the containers that its children return (`qatkit.graph.tracer.Returns`).
     """
 
     path: str
     template: Template
     signature: tuple[str, ...]
     sites: tuple[Site, ...]
+    replacements: tuple[Replacement, ...] = ()
+    returns: tuple[tuple[str, int, Template], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -185,4 +207,7 @@ def _block_from_dict(fields: Mapping[str, Any]) -> BlockPlan:
         for site in fields["sites"]
     )
     template = from_json(list(fields["template"]))
-    return BlockPlan(fields["path"], template, tuple(fields["signature"]), sites)
+    replaced = tuple(Replacement(**entry) for entry in fields.get("replacements", ()))
+    signature = tuple(fields["signature"])
+    returns = from_json(list(fields.get("returns", ())))
+    return BlockPlan(fields["path"], template, signature, sites, replaced, returns)

@@ -1,28 +1,19 @@
 """Which operators read a quantized tensor, and which stay float.
 
-The rules of the backend are applied to a recorded run.
+The rules of the backend are applied to a recorded run: `qatkit.graph.layers` to its layers,
+`qatkit.graph.products` to functions that multiply, `qatkit.graph.joins` to what joins and pools.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container
-from dataclasses import dataclass, field
-
-from torch import nn
+from dataclasses import dataclass, field, replace
 
 from qatkit.backend import Backend, get_backend
-from qatkit.config import QuantConfig
+from qatkit.config import QuantConfig, Role
 from qatkit.graph.capture import Call, Capture, Value
-from qatkit.graph.plan import Skip, join_path
-from qatkit.graph.residual import is_join, place_join
-from qatkit.nn.quantized import QUANTIZED, swappable
+from qatkit.graph.levels import Levels
+from qatkit.graph.plan import QuantizerPlan, Skip, join_path
 from qatkit.spec import QuantSpec
-
-_NORMS = ("BatchNormalization", "LayerNormalization")
-_OWN_REASON = {
-    "Attention": "attention stays float",
-    "Other": "no quantized form of this layer",
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,12 +21,15 @@ class Reader:
     """An operator that reads one tensor through a quantizer, or several if it is called often.
 
     Attributes:
-        path: path of the module, or of the block around a function.
+        path: path of the layer, or of the block around a function.
         quantizer: path that the quantizer has if this reader owns it.
         calls: the recorded calls.
         values: what they read, in order.
         spec: how it is quantized.
         reason: the rule that asks for it.
+        is_layer: whether it is a layer that is swapped, and can run its quantizer itself.
+        role: whether the tensor is a weight or an activation.
+        alone: never shares a scale with what the tensor was copied from (rule F13).
     """
 
     path: str
@@ -44,201 +38,73 @@ class Reader:
     values: tuple[Value, ...]
     spec: QuantSpec
     reason: str
-
-    @property
-    def is_layer(self) -> bool:
-        """Whether the reader is a layer that is swapped, and can run its quantizer itself."""
-        return self.quantizer == join_path(self.path, "input_quantizer")
+    is_layer: bool = False
+    role: Role = "activation"
+    alone: bool = False
 
 
 @dataclass(eq=False)
 class Reading:
-    """Everything that was decided about a capture.
+    """What is decided about a recorded run; the rules write it.
 
     Attributes:
-        readers: in order of execution.
-        weights: spec and reason of the weight of each layer by path.
+        capture: the recorded run.
+        config: what was asked for.
+        levels: the forwards of the blocks.
+        layers: kind of each layer to swap by path.
+        owned: quantizers of weights and of tensors inside a layer, by path of the layer.
+        replaced: function calls whose place a module takes, by path of the module.
+        quantized: calls whose operands are quantized.
         skipped: what stays float and why.
     """
 
-    readers: list[Reader] = field(default_factory=list)
-    weights: dict[str, tuple[QuantSpec, str]] = field(default_factory=dict)
+    capture: Capture
+    config: QuantConfig
+    levels: Levels
+    layers: dict[str, str] = field(default_factory=dict)
+    owned: dict[str, list[QuantizerPlan]] = field(default_factory=dict)
+    replaced: dict[str, list[Call]] = field(default_factory=dict)
+    quantized: set[Call] = field(default_factory=set)
     skipped: list[Skip] = field(default_factory=list)
+    _readers: dict[tuple[str, str], Reader] = field(default_factory=dict)
 
+    @property
+    def backend(self) -> Backend:
+        """The engine that the model is prepared for."""
+        return get_backend(self.config.backend)
 
-def find_readers(capture: Capture, config: QuantConfig) -> Reading:
-    """Apply the rules F1, F6 and F7 to a recorded run."""
-    finder = _Finder(capture, config)
-    finder.weighted()
-    finder.joins()
-    finder.pools()
-    finder.unreached()
-    finder.reading.readers.sort(key=lambda reader: reader.calls[0].index)
-    return finder.reading
+    @property
+    def readers(self) -> list[Reader]:
+        """All readers in order of execution."""
+        return sorted(self._readers.values(), key=lambda reader: reader.calls[0].index)
 
-
-class _Finder:
-    def __init__(self, capture: Capture, config: QuantConfig) -> None:
-        self.capture = capture
-        self.config = config
-        self.backend: Backend = get_backend(config.backend)
-        self.reading = Reading()
-        self.quantized: set[Call] = set()
-        self.calls: dict[str, list[Call]] = {}
-        for call in capture.operators:
-            if call.module is not None:
-                self.calls.setdefault(call.name, []).append(call)
-
-    def weighted(self) -> None:
-        """F1: the input and the weight of every weighted layer."""
-        layers = [
-            path
-            for path, calls in self.calls.items()
-            if _weighted_layer(calls[0], self.backend.weighted)
-        ]
-        edges = {layers[0], layers[-1]} if layers else set()
-        for call in self.capture.operators:
-            if call.module is None:
-                if call.kind in self.backend.weighted or call.kind == "Attention":
-                    self._functional(call)
-            elif call.name in layers:
-                if call is self.calls[call.name][0]:
-                    self._layer(call, first_or_last=call.name in edges)
-            elif call is self.calls[call.name][0]:
-                self._other_layer(call)
-
-    def joins(self) -> None:
-        """F6: the skip input of every residual addition."""
-        for call in self.capture.operators:
-            if not is_join(call):
-                continue
-            join = place_join(call, self.quantized, self.backend)
-            path = function_path(call)
-            if not join.quantized and len(call.inputs[0].shape) > 2:  # boxes and anchors are 2-D
-                self._skip(path, join.reason)
-            for value in join.quantized:
-                self._read_by_function(call, value, join.reason)
-
-    def pools(self) -> None:
-        """F7: the input of an average pool whose result is quantized again."""
-        for call in reversed(self.capture.operators):
-            if not self._is_pool(call):
-                continue
-            where = call.name if call.module is not None else function_path(call)
-            if not any(self._is_read(value) for value in call.results):
-                self._skip(where, f"F7: {call.kind} without a quantized layer behind it")
-            elif (
-                call.module is None or not swappable(call.module) or len(self.calls[call.name]) > 1
-            ):
-                self._read_by_function(
-                    call, call.inputs[0], f"F7: {call.kind} between quantized layers"
-                )
-            else:
-                path = join_path(call.name, "input_quantizer")
-                spec = self.config.spec(path, "activation")
-                if spec is None:
-                    self._skip(call.name, "disabled by a rule")
-                else:
-                    reason = f"F7: {call.kind} between quantized layers"
-                    self._add(Reader(call.name, path, (call,), (call.inputs[0],), spec, reason))
-
-    def unreached(self) -> None:
-        """Name the layers that only run in training, or on other inputs: they stay float."""
-        inside = [f"{path}." for path, calls in self.calls.items() if calls[0].kind != "Block"]
-        for path, module in self.capture.copy.named_modules():
-            known = path in self.calls or any(path.startswith(prefix) for prefix in inside)
-            weighted = swappable(module) and isinstance(
-                getattr(module, "weight", None), nn.Parameter
+    def read(self, reader: Reader) -> None:
+        """Add a reader, or further calls of one."""
+        call = reader.calls[0]
+        key = (reader.quantizer, call.name if reader.is_layer else function_path(call))
+        known = self._readers.get(key)
+        if known is not None:
+            reader = replace(
+                known,
+                calls=(*known.calls, *reader.calls),
+                values=(*known.values, *reader.values),
             )
-            if weighted and not known:
-                self._skip(path, "example_inputs do not reach it in eval mode")
+        self._readers[key] = reader
 
-    def _functional(self, call: Call) -> None:
-        """Say why a weighted function stays float: it is the user's, or a layer's own forward."""
-        owner = call.parent
-        module = None if owner is None else owner.module
-        if owner is not None and module is not None and isinstance(module, tuple(QUANTIZED)):
-            self._own_forward(owner.name, module)
-        else:
-            reason = f"functional {call.name} has no module whose weight to quantize"
-            self._skip(function_path(call), reason)
-
-    def _own_forward(self, path: str, module: nn.Module) -> None:
-        kind = type(module)
-        home = "" if kind.__module__.startswith("torch.nn.") else f" ({kind.__module__})"
-        reason = f"{kind.__name__}{home} is not a plain torch.nn layer: it may have its own forward"
-        self._skip(path, reason)
-
-    def _layer(self, call: Call, *, first_or_last: bool) -> None:
-        module, path = call.module, call.name
-        assert module is not None
-        if not swappable(module):
-            self._own_forward(path, module)
-            return
-        specs = self._specs(path, module, self.config.first_last_bits if first_or_last else None)
-        if specs is None:
-            self._skip(path, "disabled by a rule")
-            return
-        calls = tuple(self.calls[path])
-        edge = (
-            "; first or last layer (F16)" if first_or_last and self.config.first_last_bits else ""
-        )
-        self.quantized.update(calls)
-        self.reading.weights[path] = (specs[0], f"F2: weight of {call.kind}{edge}")
-        values = tuple(one.inputs[0] for one in calls)
-        reason = f"F1: input of {call.kind}{edge}"
-        quantizer = join_path(path, "input_quantizer")
-        self._add(Reader(path, quantizer, calls, values, specs[1], reason))
-
-    def _specs(
-        self, path: str, module: nn.Module, bits: int | None
-    ) -> tuple[QuantSpec, QuantSpec] | None:
-        """Return the specs of weight and input, ``None`` if a rule disables one.
-
-        Rule B1 wants both or neither.
-        """
-        weight_path = join_path(path, "weight_quantizer")
-        weight = self.config.spec(weight_path, "weight", bits=bits)
-        data = self.config.spec(join_path(path, "input_quantizer"), "activation", bits=bits)
-        if weight is None or data is None:
-            return None
-        if weight.axis is not None and not self.config.names_axis(weight_path):
-            kind = "ConvTranspose" if "ConvTranspose" in type(module).__name__ else "Conv"
-            weight = weight.replace(axis=self.backend.axis_of_weight[kind])
-        return weight, data
-
-    def _other_layer(self, call: Call) -> None:
-        module = call.module
-        assert module is not None
-        if call.kind in _NORMS or not any(True for _ in module.parameters()):
-            return
-        if call.kind in _OWN_REASON:
-            self._skip(call.name, f"{_OWN_REASON[call.kind]} ({type(module).__name__})")
-
-    def _read_by_function(self, call: Call, value: Value, reason: str) -> None:
-        path = quantizer_path(call, value)
+    def read_by_function(self, call: Call, value: Value, reason: str, path: str = "") -> None:
+        """Let a function read one of its inputs through an activation quantizer at ``path``."""
+        path = path or quantizer_path(call, value)
         spec = self.config.spec(path, "activation")
         if spec is None:
-            self._skip(path, "disabled by a rule")
+            self.skip(path, "disabled by a rule")
         else:
             block = call.parent.name if call.parent is not None else ""
-            self._add(Reader(block, path, (call,), (value,), spec, reason))
+            self.read(Reader(block, path, (call,), (value,), spec, reason))
 
-    def _is_pool(self, call: Call) -> bool:
-        if call.kind not in self.backend.needs_quantized_output or not call.inputs:
-            return False
-        before, after = call.inputs[0].shape, call.results[0].shape
-        return call.kind != "ReduceMean" or (len(before) == 4 and _spatial_mean(before, after))
-
-    def _is_read(self, value: Value) -> bool:
+    def is_read(self, value: Value) -> bool:
         """Tell whether a quantizer reads ``value``, at once or behind operators that only copy."""
+        reads = {(call, v) for r in self._readers.values() for call in r.calls for v in r.values}
         todo, seen = [value], set()
-        reads = {
-            (call, v)
-            for reader in self.reading.readers
-            for call in reader.calls
-            for v in reader.values
-        }
         while todo:
             current = todo.pop()
             seen.add(current)
@@ -249,11 +115,11 @@ class _Finder:
                     todo.extend(result for result in call.results if result not in seen)
         return False
 
-    def _add(self, reader: Reader) -> None:
-        self.reading.readers.append(reader)
-
-    def _skip(self, path: str, reason: str) -> None:
-        self.reading.skipped.append(Skip(path, reason))
+    def skip(self, path: str, reason: str) -> None:
+        """Leave something in float."""
+        skip = Skip(path, reason)
+        if skip not in self.skipped:
+            self.skipped.append(skip)
 
 
 def function_path(call: Call) -> str:
@@ -276,11 +142,3 @@ def quantizer_path(call: Call, value: Value) -> str:
     several = len(call.inputs) > 1 and call.kind != "Add"
     number = f"_input_{call.inputs.index(value)}" if several else ""
     return f"{function_path(call)}{number}_quantizer"
-
-
-def _weighted_layer(call: Call, kinds: Container[str]) -> bool:
-    return call.module is not None and call.kind in kinds
-
-
-def _spatial_mean(before: tuple[int, ...], after: tuple[int, ...]) -> bool:
-    return after in (before[:2], (*before[:2], 1, 1))

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import fx, nn
 
 from qatkit.errors import QatkitError
+from qatkit.graph.adapt import adapt
 from qatkit.graph.call_form import CallForm
 from qatkit.graph.level import Trace, float_class, signature, trace_level
 from qatkit.graph.plan import BlockPlan
+from qatkit.graph.structure import flatten
 
 
 class RewrittenBlock(nn.Module):
@@ -51,14 +54,34 @@ def rewrite(block: nn.Module, plan: BlockPlan) -> None:
     Raises:
         QatkitError: the block's code is not the one that was planned for.
     """
-    evaluation = _trace(block, plan, training=False)
-    training = _trace(block, plan, training=True)
-    block.__class__ = _class(float_class(type(block)), plan, evaluation, training)
+    block.__class__ = _class(float_class(type(block)), plan, _body(block, plan))
+
+
+@dataclass(frozen=True, eq=False)
+class _Body:
+    """The forward for calls of one form, and the settings of the block that it was made with."""
+
+    form: CallForm
+    evaluation: Callable[..., Any]
+    training: Callable[..., Any]
+    settings: tuple[tuple[str, Any], ...]
+
+
+def _body(block: nn.Module, plan: BlockPlan) -> _Body:
+    traces = [_trace(block, plan, training=training) for training in (False, True)]
+    sources = [str(trace.graph.python_code("self").src) for trace in traces]
+    evaluation = _compile(traces[0].graph)
+    return _Body(
+        CallForm(float_class(type(block)), plan.template),
+        evaluation,
+        evaluation if sources[0] == sources[1] else _compile(traces[1].graph),
+        tuple({**traces[0].settings, **traces[1].settings}.items()),
+    )
 
 
 def _trace(block: nn.Module, plan: BlockPlan, *, training: bool) -> Trace:
     """Trace the block and put the quantizer calls in."""
-    trace = trace_level(block, plan.template, training=training)
+    trace = trace_level(block, plan.template, training=training, returns=plan.returns)
     graph = trace.graph
     if signature(graph) != plan.signature:
         where = plan.path or type(block).__name__
@@ -74,29 +97,28 @@ def _trace(block: nn.Module, plan: BlockPlan, *, training: bool) -> Trace:
             quantized = graph.create_node("call_module", site.quantizer, (source,))
         for use, argument in site.uses:
             nodes[use].replace_input_with(nodes[argument], quantized)
+    for replaced in plan.replacements:
+        node = nodes[replaced.node]
+        with graph.inserting_before(node):
+            module = graph.create_node("call_module", replaced.module, node.args, node.kwargs)
+        node.replace_all_uses_with(module)
+        graph.erase_node(node)
     return trace
 
 
-def _class(kind: type, plan: BlockPlan, evaluation: Trace, training: Trace) -> type:
-    body = _compile(evaluation.graph)
-    training_body = _compile(training.graph)
-    sources = [str(trace.graph.python_code("self").src) for trace in (evaluation, training)]
-    one = sources[0] == sources[1]
-    settings = tuple({**evaluation.settings, **training.settings}.items())
-    form = CallForm(kind, plan.template)
-    where = plan.path or kind.__name__
+def _class(kind: type, plan: BlockPlan, first: _Body) -> type:
+    bodies = [first]
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if any(self.__dict__.get(name) != value for name, value in settings):
+        if any(self.__dict__.get(name) != value for name, value in first.settings):
             rewrite(self, plan)  # a dropout rate or a switch has changed
             return type(self).forward(self, *args, **kwargs)
-        leaves = form.tensors(args, kwargs)
-        if leaves is None:
-            raise QatkitError(
-                f"{where}: called with arguments of another form than in example_inputs; "
-                "give prepare example_inputs in the form that the model is used with"
-            )
-        return training_body(self, *leaves) if self.training and not one else body(self, *leaves)
+        for body in bodies:
+            leaves = body.form.tensors(args, kwargs)
+            if leaves is not None:
+                return (body.training if self.training else body.evaluation)(self, *leaves)
+        bodies.append(_body_for(self, plan, args, kwargs))
+        return type(self).forward(self, *args, **kwargs)
 
     members = {
         "forward": forward,
@@ -107,6 +129,20 @@ def _class(kind: type, plan: BlockPlan, evaluation: Trace, training: Trace) -> t
         "__doc__": kind.__doc__,
     }
     return type(kind.__name__, (RewrittenBlock, kind), members)
+
+
+def _body_for(
+    block: nn.Module, plan: BlockPlan, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> _Body:
+    """Return the forward for calls of a form that was not planned for."""
+    adapted = adapt(plan, block, flatten((args, kwargs))[0])
+    if adapted is None:
+        raise QatkitError(
+            f"{plan.path or float_class(type(block)).__name__}: called with arguments of another "
+            "form than in example_inputs, with which its forward does other operations; "
+            "give prepare example_inputs in the form that the model is used with"
+        )
+    return _body(block, adapted)
 
 
 def _compile(graph: fx.Graph) -> Callable[..., Any]:

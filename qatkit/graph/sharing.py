@@ -5,15 +5,17 @@ Readers of the same value share it, and the block around them runs it once.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
 from dataclasses import dataclass, field
 
-from torch import fx, nn
+from torch import fx
 
 from qatkit.graph.capture import Call, Value
-from qatkit.graph.level import Level, LevelError, match, signature
-from qatkit.graph.plan import BlockPlan, QuantizerPlan, Site, Skip
-from qatkit.graph.readers import Reader
+from qatkit.graph.level import Level, LevelError, signature
+from qatkit.graph.levels import name_of
+from qatkit.graph.plan import BlockPlan, QuantizerPlan, Replacement, Site, Skip, join_path
+from qatkit.graph.readers import Reader, Reading
+from qatkit.nn.slots import quantizer_of
 
 
 @dataclass(eq=False)
@@ -35,34 +37,38 @@ class Sharing:
     skipped: list[Skip] = field(default_factory=list)
 
 
-def share(readers: Iterable[Reader], calls_of_blocks: dict[str, list[Call]]) -> Sharing:
-    """Give the readers of one tensor one quantizer.
-
-    Args:
-        readers: in order of execution.
-        calls_of_blocks: the recorded calls of every block by path.
-    """
-    return _Sharer(calls_of_blocks).run(readers)
+def share(reading: Reading) -> Sharing:
+    """Give the readers of one tensor one quantizer, and put the functions' modules in place."""
+    return _Sharer(reading).run()
 
 
 class _Sharer:
-    def __init__(self, calls_of_blocks: dict[str, list[Call]]) -> None:
-        self._calls_of_blocks = calls_of_blocks
-        self._levels: dict[str, Level | LevelError] = {}
+    def __init__(self, reading: Reading) -> None:
+        self._reading = reading
+        self._levels = reading.levels
         self._sites: dict[str, list[Site]] = {}
+        self._replacements: dict[str, list[Replacement]] = {}
         self._result = Sharing()
 
-    def run(self, readers: Iterable[Reader]) -> Sharing:
+    def run(self) -> Sharing:
         groups: dict[object, list[Reader]] = {}
-        for reader in readers:
+        for reader in self._reading.readers:
             groups.setdefault((reader.spec, reader.values), []).append(reader)
         for group in groups.values():
             self._group(group)
-        for path, sites in self._sites.items():
-            level = self._levels[path]
-            assert isinstance(level, Level)
-            call = self._calls_of_blocks[path][0]
-            plan = BlockPlan(path, call.template, signature(level.graph), tuple(sites))
+        for path, calls in self._reading.replaced.items():
+            self._replace(path, calls)
+        for path in dict.fromkeys([*self._sites, *self._replacements]):
+            call = self._levels.calls[path][0]
+            level = self._levels.of(call)[0]
+            plan = BlockPlan(
+                path,
+                call.template,
+                signature(level.graph),
+                tuple(self._sites.get(path, ())),
+                tuple(self._replacements.get(path, ())),
+                level.returns,
+            )
             self._result.blocks.append(plan)
         return self._result
 
@@ -71,7 +77,7 @@ class _Sharer:
         layers = [reader for reader in group if reader.is_layer]
         owner = layers[0] if layers else group[0]
         served: list[Reader] = []
-        if len(group) > 1 and len(group[0].values) == 1:
+        if len({reader.calls for reader in group}) > 1:
             served = self._serve(group, _common_block(group), owner.quantizer)
         paths = [reader.quantizer for reader in layers]
         for reader in group:
@@ -80,76 +86,105 @@ class _Sharer:
             if self._serve([reader], reader.calls[0].parent, reader.quantizer):
                 served.append(reader)
                 paths.append(reader.quantizer)
-        if owner not in layers and owner in served and owner.quantizer not in paths:
+        if owner not in layers and owner in served:
             paths.insert(0, owner.quantizer)
         if paths:
-            self._add(paths, group, served)
+            self._add(list(dict.fromkeys(paths)), group, served)
 
     def _add(self, paths: list[str], group: list[Reader], served: list[Reader]) -> None:
         reasons = dict.fromkeys(
             reader.reason for reader in group if reader in served or reader.quantizer in paths
         )
+        first = group[0]
+        axis, value = first.spec.axis, first.values[0]
+        beside = paths[0] == quantizer_of(value.name)
+        channels = None if axis is None or beside else value.shape[axis]
         plan = QuantizerPlan(
-            paths[0], tuple(paths[1:]), "activation", group[0].spec, "; ".join(reasons)
+            paths[0], tuple(paths[1:]), first.role, first.spec, "; ".join(reasons), channels
         )
         self._result.quantizers.append(plan)
-        self._result.values[plan.path] = group[0].values
+        tied = any(not reader.alone for reader in group) and first.role == "activation"
+        self._result.values[plan.path] = first.values if tied else ()
 
     def _serve(self, group: list[Reader], block: Call | None, quantizer: str) -> list[Reader]:
         """Call ``quantizer`` in ``block`` for the readers of ``group``; return those it serves."""
-        functions = [reader for reader in group if not reader.is_layer]
-        level = self._level(block)
-        if block is None or isinstance(level, LevelError):
+        try:
+            levels = self._levels.of(block)
+        except LevelError as error:
             if len(group) == 1:
-                reason = f"{group[0].reason}; but {_name(block)} cannot be rewritten: {level}"
+                reason = f"{group[0].reason}; but {name_of(block)} cannot be rewritten: {error}"
                 self._result.skipped.append(Skip(quantizer, reason))
             return []
-        value = group[0].values[0]
-        uses, served = _uses(level, value, group)
-        if not uses or (len(served) < 2 and not any(reader in functions for reader in served)):
+        assert block is not None
+        calls = self._levels.calls[block.name]
+        if not all(set(calls) & set(one.ancestors()) for reader in group for one in reader.calls):
             return []
-        nodes = {node: i for i, node in enumerate(level.graph.nodes)}
-        source = next(node for node in nodes if level.values.get(node) is value)
-        pairs = tuple((nodes[use], nodes[argument]) for use, argument in uses)
-        prefix = f"{block.name}." if block.name else ""
-        site = Site(quantizer.removeprefix(prefix), nodes[source], pairs)
+        found = [_site(*each, group) for each in zip(levels, calls, strict=True)]
+        if found[0] is None or any(other != found[0] for other in found):
+            return []
+        source, pairs, served = found[0]
+        functions = [reader for reader in served if not reader.is_layer]
+        if len({reader.calls for reader in served}) < 2 and not functions:
+            return []
+        site = Site(_inside(block, quantizer), source, pairs)
         self._sites.setdefault(block.name, []).append(site)
-        self._result.relieved.update(reader.path for reader in served if reader not in functions)
-        return served
+        self._result.relieved.update(reader.path for reader in served if reader.is_layer)
+        return list(served)
 
-    def _level(self, block: Call | None) -> Level | LevelError:
-        if block is None or block.module is None:
-            return LevelError("it has no block around it")
-        if block.name not in self._levels:
-            self._levels[block.name] = self._traced(block)
-        return self._levels[block.name]
+    def _replace(self, path: str, calls: list[Call]) -> None:
+        """Put a module in the place of a function that a block calls."""
+        block = calls[0].parent
+        levels = self._levels.of(block)
+        assert block is not None
+        for node, call in levels[0].calls.items():
+            if call is calls[0]:
+                index = list(levels[0].graph.nodes).index(node)
+                replaced = Replacement(index, _inside(block, path), call.name)
+                self._replacements.setdefault(block.name, []).append(replaced)
 
-    def _traced(self, block: Call) -> Level | LevelError:
-        if len(self._calls_of_blocks[block.name]) > 1:
-            return LevelError("it is called more than once")
-        assert block.module is not None
-        if _writes_argument(block) and not self._argument_is_its_own(block):
-            return LevelError("it writes to its argument, which the code around it can see")
-        try:
-            return match(block.module, block)
-        except LevelError as error:
-            return error
 
-    def _argument_is_its_own(self, block: Call) -> bool:
-        """Tell whether nothing outside reads the argument of a block after the call."""
-        parent = block.parent
-        if parent is None:
-            return False
-        return type(parent.module) is nn.Sequential or isinstance(self._level(parent), Level)
+def _inside(block: Call, path: str) -> str:
+    """Return a path relative to a block."""
+    return path.removeprefix(f"{block.name}." if block.name else "")
+
+
+_Found = tuple[int, tuple[tuple[int, int], ...], tuple[Reader, ...]]
+
+
+def _site(level: Level, block: Call, group: list[Reader]) -> _Found | None:
+    """Return where one call of a block has to quantize the tensor of ``group``, and for whom.
+
+    That is the index of the node that holds it, the reads that want it quantized, and the readers.
+    """
+    inside = {
+        value
+        for reader in group
+        for call, value in zip(reader.calls, reader.values, strict=True)
+        if block in call.ancestors()
+    }
+    if len(inside) != 1:
+        return None
+    (value,) = inside
+    uses, served = _uses(level, value, group)
+    source = next((node for node, held in level.values.items() if held is value), None)
+    times = Counter(reader for reader in group for c in set(reader.calls) if block in c.ancestors())
+    if not uses or source is None or any(times[reader] != n for reader, n in served.items()):
+        return None
+    index = {node: i for i, node in enumerate(level.graph.nodes)}
+    pairs = tuple((index[use], index[argument]) for use, argument in uses)
+    return index[source], pairs, tuple(served)
 
 
 def _uses(
     level: Level, value: Value, group: list[Reader]
-) -> tuple[list[tuple[fx.Node, fx.Node]], list[Reader]]:
-    """Return the reads of ``value`` in a block that want it quantized, and their readers."""
-    reader_of = {call: reader for reader in group for call in reader.calls}
+) -> tuple[list[tuple[fx.Node, fx.Node]], Counter[Reader]]:
+    """Return the reads of ``value`` in a block that want it quantized, and how often each reads."""
+    reader_of: dict[Call, Reader] = {}
+    for reader in group:
+        if not reader.is_layer or reader.quantizer == join_path(reader.path, "input_quantizer"):
+            reader_of |= dict.fromkeys(reader.calls, reader)
     uses: list[tuple[fx.Node, fx.Node]] = []
-    served: list[Reader] = []
+    served: Counter[Reader] = Counter()
     for node in level.graph.nodes:
         arguments = [arg for arg in node.all_input_nodes if level.values.get(arg) is value]
         call = level.calls.get(node)
@@ -158,7 +193,7 @@ def _uses(
         readers = _readers_behind(call, value, reader_of)
         if readers:
             uses.extend((node, argument) for argument in arguments)
-            served.extend(readers)
+            served.update(readers)
     return uses, served
 
 
@@ -176,19 +211,7 @@ def _readers_behind(call: Call, value: Value, reader_of: dict[Call, Reader]) -> 
     return readers if len(readers) == len(inside) and not returned else []
 
 
-def _writes_argument(block: Call) -> bool:
-    """Tell whether an operation of a block's own forward, as in ``x += y``, changes its input."""
-    own = [call for call in block.children if call.module is None]
-    return any(value in call.writes for call in own for value in block.inputs)
-
-
 def _common_block(group: list[Reader]) -> Call | None:
     """Return the innermost block around all readers."""
     chains = [list(reader.calls[0].ancestors()) for reader in group]
     return next((block for block in chains[0] if all(block in chain for chain in chains[1:])), None)
-
-
-def _name(block: Call | None) -> str:
-    if block is None or not block.name:
-        return "the model's own forward"
-    return f"the forward of {block.name!r}"

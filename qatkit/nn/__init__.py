@@ -1,5 +1,6 @@
 """Drop-in quantized layers, with the arguments, parameters and keys of those in ``torch.nn``."""
 
+from qatkit.nn.attention import QuantMultiheadAttention
 from qatkit.nn.conv import QuantConv1d, QuantConv2d, QuantConv3d
 from qatkit.nn.conv_transpose import (
     QuantConvTranspose1d,
@@ -18,6 +19,7 @@ from qatkit.nn.pooling import (
     QuantMaxPool2d,
     QuantMaxPool3d,
 )
+from qatkit.nn.torchvision_attention import QuantShiftedWindowAttention
 from qatkit.quantizer import TensorQuantizer
 
 __all__ = [
@@ -37,5 +39,7 @@ __all__ = [
     "QuantMaxPool1d",
     "QuantMaxPool2d",
     "QuantMaxPool3d",
+    "QuantMultiheadAttention",
+    "QuantShiftedWindowAttention",
     "TensorQuantizer",
 ]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from qatkit.nn.quantized import QuantizedWeight, quantizes
+from qatkit.nn.quantized import QuantizedWeight
+from qatkit.nn.registry import quantizes
 
 
 @quantizes(nn.Conv1d)

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from qatkit.nn.quantized import QuantizedWeight, quantizes
+from qatkit.nn.quantized import QuantizedWeight
+from qatkit.nn.registry import quantizes
 
 
 class QuantizedTransposed(QuantizedWeight, _ConvTransposeNd):

@@ -7,7 +7,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qatkit.nn.quantized import QuantizedWeight, quantizes
+from qatkit.nn.quantized import QuantizedWeight
+from qatkit.nn.registry import quantizes
 
 
 @quantizes(nn.Linear)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from qatkit.nn.quantized import QuantizedInput, quantizes
+from qatkit.nn.quantized import QuantizedInput
+from qatkit.nn.registry import quantizes
 
 
 class QuantizedPool(QuantizedInput):

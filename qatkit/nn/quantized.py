@@ -1,44 +1,18 @@
-"""What every quantized layer has in common: its quantizers, its construction, its swap in place."""
+"""What every quantized layer has in common: its quantizers and its construction."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from qatkit.config import ACTIVATION, WEIGHT
 from qatkit.errors import QatkitError, QatkitTypeError
 from qatkit.functional import fold_scale
+from qatkit.nn.registry import swap
+from qatkit.nn.slots import Slots, quantizer_of
 from qatkit.quantizer import TensorQuantizer
 from qatkit.spec import QuantSpec
-
-Layer = TypeVar("Layer", bound=type[nn.Module])
-
-_QUANTIZED: dict[type[nn.Module], type[nn.Module]] = {}
-QUANTIZED: Mapping[type[nn.Module], type[nn.Module]] = MappingProxyType(_QUANTIZED)
-"""The quantized class of each float class that has one."""
-
-
-def quantizes(float_class: type[nn.Module]) -> Callable[[Layer], Layer]:
-    """Declare the decorated class to be the quantized form of ``float_class``.
-
-    It shows the constructor arguments of ``float_class``, then its own keyword-only ones.
-    """
-
-    def register(layer: Layer) -> Layer:
-        _QUANTIZED[float_class] = layer
-        floats = inspect.signature(float_class)
-        own = inspect.signature(layer.__init__).parameters.values()
-        extra = [parameter for parameter in own if parameter.kind is parameter.KEYWORD_ONLY]
-        parameters = [*floats.parameters.values(), *extra]
-        shown: Any = layer
-        shown.__signature__ = floats.replace(parameters=parameters)
-        return layer
-
-    return register
 
 
 class QuantizedInput(nn.Module):
@@ -52,6 +26,11 @@ class QuantizedInput(nn.Module):
 
     input_quantizer: TensorQuantizer
     input_is_quantized: bool
+
+    @classmethod
+    def slots(cls, layer: nn.Module) -> Slots:
+        """Return the quantizers that the float layer ``layer`` is going to have."""
+        return Slots()
 
     def __init__(self, *args: Any, input_spec: QuantSpec | None = None, **kwargs: Any) -> None:
         """Make the float layer from its own arguments, then add the quantizer.
@@ -114,17 +93,18 @@ class QuantizedWeight(QuantizedInput):
         self.attach_weight(_spec(weight_spec, default, "weight_spec"))
         self.input_quantizer.to(self.weight.device)
 
+    @classmethod
+    def slots(cls, layer: nn.Module) -> Slots:
+        """Return the quantizers that the float layer ``layer`` is going to have."""
+        return Slots(parameters=("weight",))
+
     def attach_weight(self, spec: QuantSpec) -> None:
         """Quantize the weight as ``spec`` says, with its own range until that is frozen.
 
         Raises:
             QatkitError: the weight has no such axis.
         """
-        if spec.axis is not None:
-            spec = spec.replace(axis=_positive(spec.axis, self.weight))
-        spec = spec.replace(memory="latest")
-        channels = None if spec.axis is None else self.weight.shape[spec.axis]
-        self.weight_quantizer = TensorQuantizer(spec, channels, device=self.weight.device)
+        self.weight_quantizer = weight_quantizer_for(self.weight, spec)
         self._batch_norm = ()
 
     @property
@@ -180,18 +160,54 @@ class QuantizedWeight(QuantizedInput):
         return (folded / scale).to(self.weight.dtype)
 
 
-def swap(module: nn.Module) -> None:
-    """Turn a float layer into its quantized class: same object, parameters, hooks and keys.
+class QuantizedComposite(QuantizedInput):
+    """A layer that is more than one operator, with a quantizer for each of its `slots`.
 
-    The caller attaches the quantizers. Only exact float classes have a quantized one: a subclass
-    has its own forward.
+    Its forward calls them by name. Where one is switched off in the config, an identity stands.
     """
-    module.__class__ = QUANTIZED[type(module)]
+
+    def __init__(
+        self,
+        *args: Any,
+        weight_spec: QuantSpec | None = None,
+        input_spec: QuantSpec | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Make the float layer from its own arguments, then add the quantizers.
+
+        Args:
+            *args: arguments of the float layer.
+            weight_spec: spec of the weights; 8 bit, per output channel by default.
+            input_spec: spec of the inputs and of the tensors inside; 8 bit by default.
+            **kwargs: arguments of the float layer.
+        """
+        super().__init__(*args, input_spec=input_spec, **kwargs)
+        weight = _spec(weight_spec, WEIGHT, "weight_spec")
+        activation = _spec(input_spec, ACTIVATION, "input_spec")
+        slots = type(self).slots(self)
+        device = next(self.parameters()).device
+        for name in (*slots.inputs, *(name for group in slots.inner for name in group)):
+            self.add_module(name, TensorQuantizer(activation, device=device))
+        for name in slots.parameters:
+            quantizer = weight_quantizer_for(getattr(self, name), weight)
+            self.add_module(quantizer_of(name), quantizer)
+        for name in slots.layers:
+            layer: Any = self.get_submodule(name)
+            swap(layer)
+            layer.attach_input(TensorQuantizer(activation, device=device))
+            layer.attach_weight(weight)
 
 
-def swappable(module: nn.Module) -> bool:
-    """Tell whether `swap` knows the class of ``module``."""
-    return type(module) in QUANTIZED
+def weight_quantizer_for(parameter: Tensor, spec: QuantSpec) -> TensorQuantizer:
+    """Return a quantizer of a weight: its range is that of the weight at hand until it is frozen.
+
+    Raises:
+        QatkitError: the parameter has no such axis.
+    """
+    if spec.axis is not None:
+        spec = spec.replace(axis=_positive(spec.axis, parameter))
+    channels = None if spec.axis is None else parameter.shape[spec.axis]
+    return TensorQuantizer(spec.replace(memory="latest"), channels, device=parameter.device)
 
 
 def _positive(axis: int, weight: Tensor) -> int:

@@ -12,7 +12,7 @@ from torch import nn
 from qatkit.errors import QatkitError
 from qatkit.freeze import saved_range
 from qatkit.modes import quantizers, select_quantizers
-from qatkit.nn.quantized import QuantizedWeight
+from qatkit.nn.weights import weights_of
 from qatkit.quantizer import TensorQuantizer
 from qatkit.spec import QuantSpec
 from qatkit.tables.calibration_table import CalibrationTable, TableEntry
@@ -227,7 +227,7 @@ def _encodings_of(quantizer: TensorQuantizer) -> tuple[Encoding, ...]:
 
 def _activations(model: nn.Module) -> dict[str, TensorQuantizer]:
     select_quantizers(model, "*", "import_ranges")
-    weights = {id(m.weight_quantizer) for m in model.modules() if isinstance(m, QuantizedWeight)}
+    weights = {id(weight.quantizer) for weight in weights_of(model)}
     return {path: q for path, q in quantizers(model) if id(q) not in weights}
 
 

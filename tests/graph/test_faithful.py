@@ -176,13 +176,14 @@ def test_an_in_place_add_in_a_sequential_is_quantized():
 def test_arguments_by_position_by_keyword_and_by_default_are_the_same():
     class Options(Block):
         def forward(self, x, flag=False, scale=None):
-            return self.join(x)
+            return self.join(x) if not flag else self.join(x) + 1
 
     model = qatkit.prepare(Options(), X).eval()
     qatkit.calibrate(model, [X], progress=False)
     expected = model(X)
     assert torch.equal(model(x=X), expected)
     assert torch.equal(model(X, False, scale=None), expected)
+    assert torch.equal(model(X, scale=X), expected)  # another form, the same operations
     with pytest.raises(qatkit.QatkitError, match="another form"):
         model(X, True)
 

@@ -6,6 +6,7 @@ import collections
 import json
 import types
 
+import onnx
 import pytest
 import torch
 import torch.nn.functional as F
@@ -59,21 +60,15 @@ def parametrized():
     return layer
 
 
-STAY_FLOAT = {
-    "subclass": (lambda: OwnConv(8, 8, 3, padding=1), "block", "not a plain torch.nn layer"),
-    "parametrized": (parametrized, "block", "not a plain torch.nn layer"),
-    "weight_norm": (lambda: parametrizations.weight_norm(conv()), "block", "not a plain torch.nn"),
-    "subclass_of_linear": (
-        lambda: nn.Sequential(nn.Flatten(2), OwnLinear(144, 144), nn.Unflatten(2, (12, 12))),
-        "block.1",
-        "OwnLinear (tests.graph.test_placement) is not a plain torch.nn layer",
+QUANTIZED = {
+    "subclass": lambda: OwnConv(8, 8, 3, padding=1),
+    "parametrized": parametrized,
+    "weight_norm": lambda: parametrizations.weight_norm(conv()),
+    "subclass_of_linear": lambda: nn.Sequential(
+        nn.Flatten(2), OwnLinear(144, 144), nn.Unflatten(2, (12, 12))
     ),
-    "functional": (Functional, "block.conv2d", "functional conv2d has no module"),
-    "attention": (
-        lambda: nn.Sequential(nn.Flatten(2), Attention()),
-        "block.1.attention",
-        "attention stays float",
-    ),
+    "functional": Functional,
+    "attention": lambda: nn.Sequential(nn.Flatten(2), Attention()),
 }
 
 
@@ -86,19 +81,25 @@ class Attention(nn.Module):
         return self.attention(x, x, x)[0].unflatten(2, (12, 12))
 
 
-@pytest.mark.parametrize("name", STAY_FLOAT)
-def test_stays_float_with_a_reason(name):
-    make, path, reason = STAY_FLOAT[name]
-    model = Body(make())
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_weights_outside_of_plain_layers_are_quantized(name, tmp_path):
+    model = Body(QUANTIZED[name]())
     plan = qatkit.plan(model, X)
-    assert reason in skipped(plan)[path]
-    assert {layer.path for layer in plan.layers} == {"stem.0", "head.1"}
+    assert not plan.skipped
     if "parametrized" not in name and name != "weight_norm":
-        prepared(model)
-    else:
-        twin = qatkit.prepare(model, X)
-        assert "parametrizations.weight" in " ".join(twin.state_dict())
-        call(twin.train(), X)[0].sum().backward()
+        prepared(model, exact=name != "attention")
+    twin = qatkit.prepare(model, X)
+    qatkit.calibrate(twin, [X], progress=False)
+    call(twin.train(), X)[0].sum().backward()
+    report = qatkit.export_onnx(twin, X, tmp_path / "a.onnx")
+    assert report.verify.ok
+    graph = onnx.load(tmp_path / "a.onnx").graph
+    made = {
+        name for node in graph.node for name in node.output if node.op_type == "DequantizeLinear"
+    }
+    products = [n for n in graph.node if n.op_type in ("Conv", "Gemm", "MatMul")]
+    assert len(products) >= 3
+    assert all(set(node.input[:2]) <= made for node in products)
 
 
 def old_weight_norm():
@@ -161,11 +162,14 @@ class BlockTwice(nn.Module):
         return self.b(self.b(x))
 
 
-def test_a_block_called_twice_is_not_rewritten():
+def test_a_block_called_twice_has_one_range_for_both_calls():
     model = prepared(Body(BlockTwice()))
     plan = qatkit.plan(model, X)
-    assert plan.blocks == ()
-    assert "called more than once" in skipped(plan)["block.b.add_quantizer"]
+    assert [block.path for block in plan.blocks] == ["block.b"]
+    calls = []
+    model.block.b.f[0].input_quantizer.register_forward_hook(lambda *_: calls.append(1))
+    call(model, X)
+    assert len(calls) == 2
 
 
 def test_a_block_registered_twice():
@@ -292,7 +296,7 @@ class TakesOutput(nn.Module):
 
 @pytest.mark.parametrize(
     ("kind", "rewritten"),
-    [(dict, True), (Named, False), (collections.OrderedDict, False), (Output, False)],
+    [(dict, True), (Named, False), (collections.OrderedDict, True), (Output, False)],
 )
 def test_a_block_returns_the_same_class_as_before(kind, rewritten):
     model = prepared(Body(TakesOutput(kind)))

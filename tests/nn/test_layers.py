@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 import qatkit.nn as qnn
 from qatkit.config import ACTIVATION, WEIGHT
 from qatkit.errors import QatkitTypeError
 from qatkit.functional import fake_quantize
 from qatkit.modes import disable_quantization
-from qatkit.nn.quantized import QUANTIZED, swap, swappable
+from qatkit.nn.registry import QUANTIZED, swap, swappable
 from qatkit.quantizer import TensorQuantizer
 from qatkit.spec import QuantSpec
 
@@ -134,13 +135,44 @@ def test_registry(float_class: type[nn.Module]) -> None:
     assert getattr(qnn, quantized.__name__) is quantized
 
 
-def test_a_subclass_is_not_swappable() -> None:
-    class Mine(nn.Conv2d):
-        pass
+class Inherits(nn.Conv2d):
+    label = "stem"
 
+    def stride_of(self) -> int:
+        return self.stride[0]
+
+
+class Computes(nn.Conv2d):
+    def _conv_forward(self, *args: Any) -> Tensor:
+        return 2 * super()._conv_forward(*args)
+
+
+class Constrains(nn.Linear):
+    weight = property(lambda self: self._parameters["weight"].clamp(-1, 1))
+
+
+def test_a_subclass_is_swappable_if_it_computes_nothing_else() -> None:
     assert swappable(nn.Conv2d(1, 1, 1))
-    assert not swappable(Mine(1, 1, 1))
+    assert swappable(Inherits(1, 1, 1))
+    assert swappable(NonDynamicallyQuantizableLinear(1, 1))
+    assert not swappable(Computes(1, 1, 1))
+    assert not swappable(Constrains.__new__(Constrains))
     assert not swappable(qnn.QuantConv2d(1, 1, 1))
+
+
+def test_a_swapped_subclass_keeps_its_methods_and_pickles() -> None:
+    layer = Inherits(3, 4, 3, stride=2)
+    swap(layer)
+    layer.attach_weight(WEIGHT)
+    layer.attach_input(TensorQuantizer(QuantSpec(observer="minmax")))
+    assert isinstance(layer, Inherits)
+    assert isinstance(layer, qnn.QuantConv2d)
+    assert (layer.label, layer.stride_of()) == ("stem", 2)
+    x = torch.randn(1, 3, 8, 8)
+    expected = layer(x)
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert type(twin) is type(layer)
+        assert torch.equal(twin.eval()(x), expected)
 
 
 def test_swap_keeps_the_object() -> None:

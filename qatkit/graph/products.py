@@ -1,0 +1,151 @@
+"""Rules F1 and F13 for functions: matrix products, functional layers, scaled dot-product attention.
+
+They are called in the forward of a block, where the quantizers of their operands go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from qatkit.graph.capture import Call, Value
+from qatkit.graph.layers import has_own_forward, own_forward
+from qatkit.graph.levels import name_of
+from qatkit.graph.plan import QuantizerPlan, join_path
+from qatkit.graph.readers import Reader, Reading, function_path, quantizer_path
+from qatkit.graph.structure import unflatten
+from qatkit.nn.attention import OPERANDS
+from qatkit.nn.slots import quantizer_of
+
+_Operand = tuple[int, str]
+
+_LAYER: tuple[_Operand, _Operand] = ((0, "input"), (1, "weight"))
+_PRODUCTS: Mapping[str, tuple[_Operand, _Operand]] = {
+    "linear": _LAYER,
+    **{f"conv{n}d": _LAYER for n in (1, 2, 3)},
+    **{f"conv_transpose{n}d": _LAYER for n in (1, 2, 3)},
+    "matmul": ((0, "input"), (1, "other")),
+    "bmm": ((0, "input"), (1, "mat2")),
+    "mm": ((0, "input"), (1, "mat2")),
+    "mv": ((0, "input"), (1, "vec")),
+    "addmm": ((1, "mat1"), (2, "mat2")),
+    "baddbmm": ((1, "batch1"), (2, "batch2")),
+    "addbmm": ((1, "batch1"), (2, "batch2")),
+}
+"""Position and name of the two factors among the arguments of each function."""
+
+
+def read_products(reading: Reading) -> None:
+    """Quantize both factors of every product, and both products of attention."""
+    for call in reading.capture.operators:
+        if call.module is not None or all(value.constant for value in call.inputs):
+            continue
+        if call.name == "scaled_dot_product_attention":
+            _attention(reading, call)
+        elif call.kind in reading.backend.weighted:
+            _product(reading, call)
+        elif call.kind == "Attention":
+            reading.skip(function_path(call), f"{call.name} is one function, with products inside")
+
+
+def _product(reading: Reading, call: Call) -> None:
+    factors = _factors(call)
+    if factors is None:
+        reading.skip(function_path(call), f"{call.name} does not have two factors")
+        return
+    if _cannot_rewrite(reading, call):
+        return
+    if reading.config.spec(function_path(call), "activation") is None:
+        reading.skip(function_path(call), "disabled by a rule")
+        return
+    plans = [_factor(reading, call, value, right=i == 1) for i, value in enumerate(factors)]
+    if None in plans:  # rule B1 wants both or neither
+        return
+    reading.quantized.add(call)
+    for plan in plans:
+        assert plan is not None
+        reading.read(plan)
+
+
+def _cannot_rewrite(reading: Reading, call: Call) -> bool:
+    """Say that a function stays float because of the block around it, if that is so."""
+    problem = reading.levels.why_not(call.parent)
+    if problem:
+        module = None if call.parent is None else call.parent.module
+        path = function_path(call)
+        reason = f"{name_of(call.parent)} cannot be rewritten: {problem}"
+        if module is not None and has_own_forward(module):
+            assert call.parent is not None
+            path, reason = call.parent.name, f"{own_forward(type(module))}, which {problem}"
+        reading.skip(path, reason)
+    return bool(problem)
+
+
+def _factors(call: Call) -> tuple[Value, Value] | None:
+    if call.name == "einsum":
+        return (call.inputs[0], call.inputs[1]) if len(call.inputs) == 2 else None
+    args, kwargs = unflatten(call.template, iter(call.inputs))
+    found: list[Any] = []
+    for position, name in _PRODUCTS.get(call.name, ()):
+        found.append(args[position] if position < len(args) else kwargs.get(name))
+    if len(found) != 2 or not all(isinstance(value, Value) for value in found):
+        return None
+    return found[0], found[1]
+
+
+def _factor(reading: Reading, call: Call, value: Value, *, right: bool) -> Reader | None:
+    """Return how a function reads one factor, ``None`` where a rule disables it."""
+    block = call.parent.name if call.parent is not None else ""
+    if not value.constant:
+        path = quantizer_path(call, value)
+        spec = reading.config.spec(path, "activation")
+        rule = "F1" if call.kind in ("Gemm", "Conv", "ConvTranspose") else "F13"
+        reason = f"{rule}: input of {call.kind}"
+        if spec is None:
+            reading.skip(path, "disabled by a rule")
+            return None
+        return Reader(block, path, (call,), (value,), spec, reason, alone=rule == "F13")
+    inside = value.name.startswith(f"{block}." if block else "")
+    path = quantizer_of(value.name) if value.name and inside else quantizer_path(call, value)
+    spec = reading.config.spec(path, "weight")
+    if spec is None:
+        reading.skip(path, "disabled by a rule")
+        return None
+    if spec.axis is not None and not reading.config.names_axis(path):
+        spec = spec.replace(axis=_output_axis(reading, call, value, right=right))
+    if any(r.quantizer == path and r.spec != spec for r in reading.readers):
+        path = quantizer_path(call, value)  # the same weight is read along another axis
+    reason = f"F2: weight of {call.kind}"
+    return Reader(block, path, (call,), (value,), spec, reason, role="weight")
+
+
+def _output_axis(reading: Reading, call: Call, value: Value, *, right: bool) -> int | None:
+    """Return the axis of a constant factor that runs over the outputs."""
+    if call.kind != "MatMul":
+        return reading.backend.axis_of_weight[call.kind]
+    rank = len(value.shape)
+    if call.name == "einsum" or rank < 2:
+        return None
+    return rank - 1 if right else rank - 2
+
+
+def _attention(reading: Reading, call: Call) -> None:
+    """F13: a module with both products takes the place of the function."""
+    path = function_path(call)
+    if _cannot_rewrite(reading, call):
+        return
+    plans = []
+    for group in OPERANDS:
+        paths = [join_path(path, name) for name in group]
+        specs = [reading.config.spec(one, "activation") for one in paths]
+        if None in specs:
+            reading.skip(path, "disabled by a rule")
+            return
+        plans += [
+            QuantizerPlan(one, (), "activation", spec, "F13: operand of attention")
+            for one, spec in zip(paths, specs, strict=True)
+            if spec is not None
+        ]
+    reading.quantized.add(call)
+    reading.owned[path] = plans
+    reading.replaced.setdefault(path, []).append(call)

@@ -1,0 +1,229 @@
+"""Matrix products and attention in the forward of a block get quantized factors."""
+
+from __future__ import annotations
+
+import json
+
+import onnx
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import qatkit
+from qatkit import Plan, QuantConfig, Rule
+from tests.graph.blocks import prepared, skipped
+
+TOKENS = torch.randn(2, 6, 16)
+
+
+class Attention(nn.Module):
+    """Four heads on (N, L, 16), the product written in one of several ways."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.qkv, self.proj, self.way = nn.Linear(16, 48), nn.Linear(16, 16), way
+
+    def forward(self, x):
+        n, length, size = x.shape
+        q, k, v = self.qkv(x).reshape(n, length, 3, 4, size // 4).permute(2, 0, 3, 1, 4).unbind(0)
+        if self.way == "sdpa":
+            y = F.scaled_dot_product_attention(q, k, v)
+        elif self.way == "matmul":
+            y = torch.softmax(q @ k.transpose(-2, -1) * 0.5, -1) @ v
+        elif self.way == "einsum":
+            scores = torch.einsum("nhic,nhjc->nhij", q, k) * 0.5
+            y = torch.einsum("nhij,nhjc->nhic", scores.softmax(-1), v)
+        else:
+            q, k, v = (each.reshape(-1, length, size // 4) for each in (q, k, v))
+            zero = torch.zeros(1, device=x.device)
+            scores = torch.baddbmm(zero, q, k.transpose(1, 2), beta=0, alpha=0.5)
+            y = torch.bmm(scores.softmax(-1), v).reshape(n, 4, length, size // 4)
+        return x + self.proj(y.transpose(1, 2).reshape(n, length, size))
+
+
+class Weights(nn.Module):
+    """Products with parameters of the block, plain, transposed, computed and shared."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.right = nn.Parameter(torch.randn(16, 24) / 4)
+        self.left = nn.Parameter(torch.randn(16, 24) / 4)
+        self.bias = nn.Parameter(torch.randn(16))
+
+    def forward(self, x):
+        y = F.relu(x @ self.right)
+        y = F.linear(y, self.left, self.bias)
+        y = y @ F.normalize(self.right, dim=0)
+        return y @ self.left.t()
+
+
+def exported(model, x, path, **options):
+    qatkit.calibrate(model, [x], progress=False)
+    report = qatkit.export_onnx(model, x, path, **options)
+    assert report.verify.ok, report
+    assert not [finding for finding in report.findings if finding.level == "ERROR"]
+    return onnx.load(path).graph
+
+
+def products(graph):
+    """Return how many factors of each product are dequantized."""
+    made = {out for node in graph.node for out in node.output if node.op_type == "DequantizeLinear"}
+    kinds = ("MatMul", "Gemm", "Conv", "Einsum")
+    return [
+        sum(name in made for name in node.input[:2]) for node in graph.node if node.op_type in kinds
+    ]
+
+
+@pytest.mark.parametrize("weights", ["float", "int8"])
+@pytest.mark.parametrize("way", ["sdpa", "matmul", "einsum", "bmm"])
+def test_attention(way, weights, tmp_path):
+    model = nn.Sequential(nn.Linear(16, 16), Attention(way), Attention(way), nn.Linear(16, 4))
+    prepared(model, TOKENS, exact=way != "sdpa")
+    plan = qatkit.plan(model, TOKENS)
+    assert not plan.skipped
+    assert plan.groups == ()  # q, k and v are parts of one tensor with ranges of their own
+    model = qatkit.prepare(model.eval(), TOKENS)
+    graph = exported(model, TOKENS, tmp_path / "a.onnx", weights=weights)
+    assert products(graph) == [2] * 10
+    softmax = {name for node in graph.node if node.op_type == "Softmax" for name in node.input}
+    made = {out for node in graph.node for out in node.output if node.op_type == "DequantizeLinear"}
+    assert not softmax & made
+
+
+@pytest.mark.parametrize("weights", ["float", "int8"])
+def test_weights_of_a_block(weights, tmp_path):
+    model = nn.Sequential(nn.Linear(16, 16), Weights(), nn.Linear(16, 4))
+    prepared(model, TOKENS)
+    model = qatkit.prepare(model.eval(), TOKENS)
+    roles = {entry.path: entry for entry in qatkit.plan(model, TOKENS).quantizers}
+    assert roles["1.right_quantizer"].spec.axis == 1
+    assert roles["1.left_quantizer"].spec.axis == 0
+    qatkit.calibrate(model, [TOKENS], progress=False)
+    with torch.no_grad():
+        model[1].right *= 3  # the range of a weight is that of the weight at hand
+    assert products(exported(model, TOKENS, tmp_path / "a.onnx", weights=weights)) == [2] * 6
+    model.train()(TOKENS).square().mean().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_a_rule_leaves_both_factors_in_float(tmp_path):
+    config = QuantConfig(rules=(Rule("*.scaled_dot_product_attention", enabled=False),))
+    model = nn.Sequential(nn.Linear(16, 16), Attention("sdpa"), nn.Linear(16, 4)).eval()
+    qatkit.prepare(model, TOKENS, config)
+    plan = qatkit.plan(model, TOKENS)
+    assert skipped(plan) == {"1.scaled_dot_product_attention": "disabled by a rule"}
+    assert sorted(products(exported(model, TOKENS, tmp_path / "a.onnx"))) == [0, 0, 2, 2, 2, 2]
+    config = QuantConfig(rules=(Rule("*.matmul_input_0_quantizer", enabled=False),))
+    model = nn.Sequential(nn.Linear(16, 16), Attention("matmul"), nn.Linear(16, 4)).eval()
+    qatkit.prepare(model, TOKENS, config)
+    assert sorted(products(exported(model, TOKENS, tmp_path / "a.onnx"))) == [0, 2, 2, 2, 2, 2]
+    config = QuantConfig(rules=(Rule("1.matmul", enabled=False),))
+    assert "1.matmul" in skipped(
+        qatkit.plan(nn.Sequential(nn.ReLU(), Attention("matmul")), TOKENS, config)
+    )
+
+
+def test_a_plan_with_modules_for_functions_survives_json():
+    model = nn.Sequential(nn.Linear(16, 16), Attention("sdpa"), nn.Linear(16, 4))
+    plan = qatkit.plan(model, TOKENS)
+    assert plan.blocks[0].replacements
+    assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+
+
+class Gate(nn.Module):
+    """Squeeze-and-excitation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(8, 4, 1), nn.Conv2d(4, 8, 1)
+
+    def forward(self, x):
+        scale = F.adaptive_avg_pool2d(x, 1)
+        return x * torch.sigmoid(self.two(F.relu(self.one(scale))))
+
+
+def test_both_inputs_of_a_gate(tmp_path):
+    x = torch.randn(2, 3, 8, 8)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.SiLU(), Gate(), nn.Conv2d(8, 4, 1)).eval()
+    prepared(model, x)
+    qatkit.prepare(model, x)
+    graph = exported(model, x, tmp_path / "a.onnx")
+    made = {out for node in graph.node for out in node.output if node.op_type == "DequantizeLinear"}
+    gates = [node for node in graph.node if node.op_type == "Mul" and set(node.input) <= made]
+    assert len(gates) == 1
+    alone = nn.Sequential(nn.Conv2d(3, 8, 3), Gate())
+    assert "without a quantized layer" in skipped(qatkit.plan(alone, x))["1.mul"]
+
+
+class Pyramid(nn.Module):
+    """A feature pyramid: it iterates over what its child returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.lateral = Levels(), nn.ModuleList(nn.Conv2d(8, 8, 1) for _ in range(2))
+
+    def forward(self, x):
+        features = [conv(v) for conv, v in zip(self.lateral, self.body(x).values(), strict=True)]
+        top = F.interpolate(features[1], size=features[0].shape[-2:])
+        return features[0] + top, features[1]
+
+
+class Levels(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, 2, 1)
+
+    def forward(self, x):
+        y = self.one(x)
+        return {"fine": y, "coarse": self.two(y)}
+
+
+class Top(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fpn, self.head = Pyramid(), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x):
+        return [self.head(level) for level in self.fpn(x)]
+
+
+def test_a_pyramid_and_a_shared_head(tmp_path):
+    x = torch.randn(2, 3, 12, 12)
+    model = prepared(Top(), x)
+    plan = qatkit.plan(model, x)
+    assert "fpn.add_quantizer" in {entry.path for entry in plan.quantizers}
+    assert [entry.path for entry in plan.quantizers if entry.path.startswith("head")] == [
+        "head.input_quantizer",
+        "head.weight_quantizer",
+    ]
+    exported(model.eval(), x, tmp_path / "a.onnx")
+
+
+def test_a_child_that_returns_another_form_is_named():
+    x = torch.randn(2, 3, 12, 12)
+    model = qatkit.prepare(Top().eval(), x)
+    qatkit.calibrate(model, [x], progress=False)
+    model.fpn.body.forward = lambda x: {"fine": x}
+    with pytest.raises(qatkit.QatkitError, match="another form than on example_inputs"):
+        model(x)
+
+
+class Masked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+
+    def forward(self, x, mask=None):
+        return self.encoder(x, src_key_padding_mask=mask)
+
+
+def test_a_mask_that_the_example_did_not_have():
+    model = qatkit.prepare(Masked().eval(), TOKENS)
+    assert not qatkit.plan(model, TOKENS).skipped
+    mask = torch.zeros(2, 6, dtype=torch.bool)
+    mask[1, 4:] = True
+    qatkit.calibrate(model, [TOKENS], progress=False)
+    with torch.no_grad(), qatkit.disable_quantization(model):
+        torch.testing.assert_close(model(TOKENS, mask)[0], model(TOKENS)[0])
+        assert not torch.allclose(model(TOKENS, mask)[1], model(TOKENS)[1])
