@@ -34,7 +34,8 @@ def adapt(plan: BlockPlan, block: nn.Module, template: Template) -> BlockPlan | 
     if _operations(lines) != _operations(plan.signature):
         return None
     kind = float_class(type(block))
-    before, after = CallForm(kind, plan.template).paths, CallForm(kind, template).paths
+    forms = [CallForm(kind, each, numbers=plan.numbers) for each in (plan.template, template)]
+    before, after = (form.paths for form in forms)
     shift = len(after) - len(before)
 
     def moved(node: int) -> int:

@@ -7,6 +7,7 @@ saw happen inside the block.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections import Counter, OrderedDict
 from dataclasses import dataclass
@@ -33,15 +34,19 @@ class Level:
 
     Attributes:
         graph: the graph of the block's forward in eval mode.
+        template: the form of its arguments.
+        numbers: whether integers are leaves of the template.
+        returns: what its children return.
         values: what each node that stands for tensors held in the recorded run.
         calls: the recorded call of each node that is one.
-        returns: what its children return.
     """
 
     graph: fx.Graph
+    template: Template
+    numbers: bool
+    returns: Returns
     values: dict[fx.Node, Any]
     calls: dict[fx.Node, Call]
-    returns: Returns
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,18 +119,38 @@ def signature(graph: fx.Graph) -> tuple[str, ...]:
 def match(block: nn.Module, calls: list[Call]) -> tuple[Level, ...]:
     """Trace ``block`` and match the nodes with each of the recorded ``calls`` of it.
 
+    Integers among the arguments stay open if the forward can be traced so.
+
     Raises:
         LevelError: the graph is not what the recorded run did, the calls have different forms, or
             training does something else than eval.
     """
-    template, returns = calls[0].template, _returns(calls[0])
-    if any(call.template != template or _returns(call) != returns for call in calls):
-        raise LevelError("it is called with arguments of several forms")
+    if _form_of(calls[0], numbers=True)[0] != calls[0].template:
+        with contextlib.suppress(LevelError):
+            return _match(block, calls, numbers=True)
+    return _match(block, calls, numbers=False)
+
+
+def _match(block: nn.Module, calls: list[Call], *, numbers: bool) -> tuple[Level, ...]:
+    template, returns = _form_of(calls[0], numbers=numbers)[0], _returns(calls[0])
+    for call in calls:
+        if _form_of(call, numbers=numbers)[0] != template or _returns(call) != returns:
+            raise LevelError("it is called with arguments of several forms")
     graph = trace_level(block, template, training=False, returns=returns).graph
     training = trace_level(block, template, training=True, returns=returns).graph
     if signature(graph) != signature(training):
         raise LevelError("its forward does other operations in training than in eval")
-    return tuple(_Matcher(graph, call, returns).run() for call in calls)
+    levels = []
+    for call in calls:
+        values, calls_of = _Matcher(graph, call).run(_form_of(call, numbers=numbers)[1])
+        levels.append(Level(graph, template, numbers, returns, values, calls_of))
+    return tuple(levels)
+
+
+def _form_of(call: Call, *, numbers: bool) -> tuple[Template, list[Any]]:
+    """Return the form of a recorded call, and the values and integers that it was given."""
+    given = unflatten(call.template, iter(call.inputs))
+    return flatten(given, Value, numbers=numbers)
 
 
 def _returns(call: Call) -> Returns:
@@ -149,16 +174,15 @@ def float_class(kind: type[nn.Module]) -> type[nn.Module]:
 class _Matcher:
     """Walks the nodes and the recorded calls side by side."""
 
-    def __init__(self, graph: fx.Graph, call: Call, returns: Returns) -> None:
+    def __init__(self, graph: fx.Graph, call: Call) -> None:
         self._graph = graph
-        self._returns = returns
         self._root = call
         self._pending = list(call.children)
         self._values: dict[fx.Node, Any] = {}
         self._calls: dict[fx.Node, Call] = {}
 
-    def run(self) -> Level:
-        inputs = iter(self._root.inputs)
+    def run(self, given: list[Any]) -> tuple[dict[fx.Node, Any], dict[fx.Node, Call]]:
+        inputs = iter(given)
         for node in self._graph.nodes:
             if node.op == "placeholder":
                 self._values[node] = next(inputs)
@@ -170,7 +194,7 @@ class _Matcher:
                 self._check_output(node)
         if any(not _constant(call) for call in self._pending):
             raise LevelError(f"torch.fx did not see its operation {self._pending[0].name!r}")
-        return Level(self._graph, self._values, self._calls, self._returns)
+        return self._values, self._calls
 
     def _module_call(self, node: fx.Node) -> Call:
         prefix = f"{self._root.name}." if self._root.name else ""

@@ -103,6 +103,7 @@ class BlockPlan:
         sites: the quantizer calls.
         replacements: functions that become modules.
         returns: the containers that its children return (`qatkit.graph.tracer.Returns`).
+        numbers: the template has a leaf for each integer too, which may then differ.
     """
 
     path: str
@@ -111,6 +112,7 @@ class BlockPlan:
     sites: tuple[Site, ...]
     replacements: tuple[Replacement, ...] = ()
     returns: tuple[tuple[str, int, Template], ...] = ()
+    numbers: bool = False
 
 
 @dataclass(frozen=True)
@@ -210,4 +212,5 @@ def _block_from_dict(fields: Mapping[str, Any]) -> BlockPlan:
     replaced = tuple(Replacement(**entry) for entry in fields.get("replacements", ()))
     signature = tuple(fields["signature"])
     returns = from_json(list(fields.get("returns", ())))
-    return BlockPlan(fields["path"], template, signature, sites, replaced, returns)
+    numbers = bool(fields.get("numbers", False))
+    return BlockPlan(fields["path"], template, signature, sites, replaced, returns, numbers)

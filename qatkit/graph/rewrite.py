@@ -72,7 +72,7 @@ def _body(block: nn.Module, plan: BlockPlan) -> _Body:
     sources = [str(trace.graph.python_code("self").src) for trace in traces]
     evaluation = _compile(traces[0].graph)
     return _Body(
-        CallForm(float_class(type(block)), plan.template),
+        CallForm(float_class(type(block)), plan.template, numbers=plan.numbers),
         evaluation,
         evaluation if sources[0] == sources[1] else _compile(traces[1].graph),
         tuple({**traces[0].settings, **traces[1].settings}.items()),
@@ -114,7 +114,7 @@ def _class(kind: type, plan: BlockPlan, first: _Body) -> type:
             rewrite(self, plan)  # a dropout rate or a switch has changed
             return type(self).forward(self, *args, **kwargs)
         for body in bodies:
-            leaves = body.form.tensors(args, kwargs)
+            leaves = body.form.leaves(args, kwargs)
             if leaves is not None:
                 return (body.training if self.training else body.evaluation)(self, *leaves)
         bodies.append(_body_for(self, plan, args, kwargs))
@@ -135,7 +135,7 @@ def _body_for(
     block: nn.Module, plan: BlockPlan, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> _Body:
     """Return the forward for calls of a form that was not planned for."""
-    adapted = adapt(plan, block, flatten((args, kwargs))[0])
+    adapted = adapt(plan, block, flatten((args, kwargs), numbers=plan.numbers)[0])
     if adapted is None:
         raise QatkitError(
             f"{plan.path or float_class(type(block)).__name__}: called with arguments of another "

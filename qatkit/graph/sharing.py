@@ -59,15 +59,15 @@ class _Sharer:
         for path, calls in self._reading.replaced.items():
             self._replace(path, calls)
         for path in dict.fromkeys([*self._sites, *self._replacements]):
-            call = self._levels.calls[path][0]
-            level = self._levels.of(call)[0]
+            level = self._levels.of(self._levels.calls[path][0])[0]
             plan = BlockPlan(
                 path,
-                call.template,
+                level.template,
                 signature(level.graph),
                 tuple(self._sites.get(path, ())),
                 tuple(self._replacements.get(path, ())),
                 level.returns,
+                level.numbers,
             )
             self._result.blocks.append(plan)
         return self._result

@@ -25,8 +25,15 @@ Template = tuple[Any, ...]
 TENSOR: Template = ("tensor",)
 
 
-def flatten(value: Any, is_leaf: type | tuple[type, ...] = Tensor) -> tuple[Template, list[Any]]:
+def flatten(
+    value: Any, is_leaf: type | tuple[type, ...] = Tensor, *, numbers: bool = False
+) -> tuple[Template, list[Any]]:
     """Split ``value`` into a template and the leaves in order.
+
+    Args:
+        value: a structure.
+        is_leaf: the classes of the leaves.
+        numbers: count integers as leaves.
 
     >>> import torch
     >>> template, leaves = flatten(((torch.zeros(2), 3), {"mask": None}))
@@ -36,7 +43,7 @@ def flatten(value: Any, is_leaf: type | tuple[type, ...] = Tensor) -> tuple[Temp
     1
     """
     leaves: list[Any] = []
-    return _template(value, is_leaf, leaves), leaves
+    return _template(value, is_leaf, numbers, leaves), leaves
 
 
 def unflatten(template: Template, leaves: Iterator[Any]) -> Any:
@@ -103,18 +110,23 @@ def from_json(value: Any) -> Any:
     return tuple(from_json(item) for item in value) if isinstance(value, list) else value
 
 
-def _template(value: Any, is_leaf: type | tuple[type, ...], leaves: list[Any]) -> Template:
-    if isinstance(value, is_leaf):
+def _template(
+    value: Any, is_leaf: type | tuple[type, ...], numbers: bool, leaves: list[Any]
+) -> Template:
+    if isinstance(value, is_leaf) or (numbers and type(value) is int):
         leaves.append(value)
         return TENSOR
     if value is None or type(value) in (bool, int, float, str):
         return ("const", value)
+
+    def inside(item: Any) -> Template:
+        return _template(item, is_leaf, numbers, leaves)
+
     if type(value) in (tuple, list):
-        return (type(value).__name__, *(_template(item, is_leaf, leaves) for item in value))
+        return (type(value).__name__, *map(inside, value))
     if isinstance(value, dict) and all(isinstance(key, (str, int)) for key in value):
-        return ("dict", *((key, _template(item, is_leaf, leaves)) for key, item in value.items()))
-    items = (_template(item, is_leaf, leaves) for item in opaque_items(value))
-    return ("opaque", type(value).__name__, *items)
+        return ("dict", *((key, inside(item)) for key, item in value.items()))
+    return ("opaque", type(value).__name__, *map(inside, opaque_items(value)))
 
 
 def opaque_items(value: Any) -> list[Any]:

@@ -227,3 +227,37 @@ def test_a_mask_that_the_example_did_not_have():
     with torch.no_grad(), qatkit.disable_quantization(model):
         torch.testing.assert_close(model(TOKENS, mask)[0], model(TOKENS)[0])
         assert not torch.allclose(model(TOKENS, mask)[1], model(TOKENS)[1])
+
+
+class Sized(nn.Module):
+    """A block that is told the size of the image, as in PVT and SegFormer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(16, 16, 3, padding=1, groups=16), nn.Linear(16, 16)
+
+    def forward(self, x, height, width):
+        n, _, size = x.shape
+        image = x.transpose(1, 2).reshape(n, size, height, width)
+        return x + self.fc(self.conv(image).flatten(2).transpose(1, 2))
+
+
+class Patches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.block = nn.Conv2d(3, 16, 4, 4), Sized()
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.block(x.flatten(2).transpose(1, 2), *x.shape[-2:])
+
+
+def test_sizes_among_the_arguments_stay_open(tmp_path):
+    x, wide = torch.randn(2, 3, 16, 16), torch.randn(2, 3, 16, 32)
+    floats = Patches().eval()
+    expected = floats(wide)
+    model = prepared(floats, x)
+    assert qatkit.plan(model, x).blocks[0].numbers
+    with qatkit.disable_quantization(model.eval()):
+        torch.testing.assert_close(model(wide), expected)
+    exported(model, wide, tmp_path / "a.onnx")
