@@ -34,7 +34,7 @@ SIGNATURES = {
     "export_onnx": "(model, example_inputs, path, *, opset=13, dynamic_batch=True, "
     "weights='float', verify=True, lint=True)",
     "verify_onnx": "(path, model, inputs)",
-    "lint_onnx": "(path, backend='tensorrt')",
+    "lint_onnx": "(path, backend='tensorrt', *, trt=None)",
     "Finding": "(rule, level, node, message, source='', remedy='')",
     "summary": "(model)",
     "save": "(model, path)",

@@ -19,17 +19,24 @@ from qatkit.export.lint.walks import (
     weight_input,
 )
 
+# Between the scores of an attention and its Softmax.
+SCALING = frozenset({"Add", "Sub", "Mul", "Div", "Where"})
+
 
 def check_float_inputs(view: GraphView, backend: Backend) -> Iterator[Finding]:
     """F12: inputs of Softmax and LayerNorm are float, except conv -> (copies) -> LayerNorm."""
     for node in view.nodes:
+        tensor = node.input(0)
         if node.op in backend.float_inputs:
             name = node.op
-        elif _is_layer_norm_mean(view, node):
-            name = "a decomposed LayerNormalization"
+        elif (found := _normalized(view, node)) is not None:
+            name, tensor = found
         else:
             continue
-        dequantize = dq_behind(view, node.input(0), backend)
+        if "Softmax" in name:
+            dequantize = _dq_behind_scores(view, tensor, backend)
+        else:
+            dequantize = dq_behind(view, tensor, backend)
         if dequantize is None:
             continue
         if "Softmax" not in name and _is_behind_conv(view, dequantize, backend):
@@ -39,16 +46,45 @@ def check_float_inputs(view: GraphView, backend: Backend) -> Iterator[Finding]:
         yield Finding("F12", "WARN", node.name, text, remedy=remedy)
 
 
-def _is_layer_norm_mean(view: GraphView, node: Node) -> bool:
-    """Return whether a ReduceMean over the last axis starts a LayerNorm ``x - mean(x)``."""
+def _normalized(view: GraphView, node: Node) -> tuple[str, str] | None:
+    """Return the norm that a ReduceMean over trailing axes starts, and the tensor it normalizes.
+
+    LayerNorm is ``x - mean(x)``, RMSNorm ``x / sqrt(mean(x * x))``.
+    """
     if node.op != "ReduceMean" or node.domain:
-        return False
+        return None
     shape = view.shape(node.input(0))
     axes = norm_axes(view, node, len(shape) if shape is not None else None)
-    if axes != ((len(shape) - 1,) if shape is not None else (-1,)):
-        return False
+    end = len(shape) if shape is not None else 0
+    if not axes or axes != tuple(range(end - len(axes), end)):
+        return None
     readers = view.consumers(node.output)
-    return any(one.op == "Sub" and one.input(0) == node.input(0) for one in readers)
+    if any(one.op == "Sub" and one.input(0) == node.input(0) for one in readers):
+        return "a decomposed LayerNormalization", node.input(0)
+    square = view.producer(node.input(0))
+    if square is not None and square.op in ("Pow", "Mul") and not square.domain:
+        x = square.input(0)
+        if square.op == "Pow" or square.input(1) == x:
+            return "a decomposed RMSNormalization", x
+    return None
+
+
+def _dq_behind_scores(view: GraphView, tensor: str, backend: Backend) -> Node | None:
+    """Return a DQ behind the input of a Softmax, also through its scaling and its mask."""
+    todo, seen = [tensor], {tensor}
+    while todo:
+        name = todo.pop()
+        found = dq_behind(view, name, backend)
+        if found is not None:
+            return found
+        node = view.producer(name)
+        if node is None or node.op not in SCALING or node.domain:
+            continue
+        data = {one for one in node.inputs if one and not view.is_constant(one)}
+        if node.op in ("Add", "Sub", "Where") or len(data) == 1:
+            todo += sorted(data - seen)
+            seen |= data
+    return None
 
 
 def _is_behind_conv(view: GraphView, dequantize: Node, backend: Backend) -> bool:
@@ -89,7 +125,7 @@ def _scores(view: GraphView, tensor: str, backend: Backend) -> Node | None:
             if weight_input(view, node) is None:
                 return node
             continue
-        scaling = node.op in ("Add", "Sub", "Mul", "Div", "Where")
+        scaling = node.op in SCALING
         if scaling or node.is_q or node.is_dq or is_copy(view, node, backend):
             names = node.inputs if scaling else node.inputs[:1]
             todo += [name for name in names if name and name not in seen]

@@ -1,4 +1,4 @@
-"""What the lint reports: one frozen value per finding, rendered as a table and as JSON."""
+"""What the lint reports: one frozen value per finding, and what is done to many of them."""
 
 from __future__ import annotations
 
@@ -68,31 +68,25 @@ def count_levels(findings: Iterable[Finding]) -> dict[str, int]:
     return counts
 
 
-def format_findings(findings: Iterable[Finding]) -> str:
-    """Return the findings as a text table with a line of totals.
+def at_least(findings: Iterable[Finding], level: str) -> list[Finding]:
+    """Return the findings of ``level`` and worse.
 
-    >>> format_findings([])
-    '0 errors, 0 warnings, 0 infos'
+    Raises:
+        QatkitError: the level is none of `LEVELS`.
+
+    >>> [one.rule for one in at_least([Finding("F14", "INFO", "fc", "GEMV")], "WARN")]
+    []
     """
-    rows = [
-        (one.level, one.rule, one.node, one.message + (f"; {one.remedy}" if one.remedy else ""))
-        for one in findings
-    ]
-    counts = count_levels(Finding(rule, level, node, text) for level, rule, node, text in rows)
-    total = f"{counts['ERROR']} errors, {counts['WARN']} warnings, {counts['INFO']} infos"
-    if not rows:
-        return total
-    table = [("level", "rule", "node", "finding"), *rows]
-    widths = [max(len(row[column]) for row in table) for column in range(3)]
-    lines = [
-        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]])
-        for row in table
-    ]
-    return "\n".join([*(" ".join(line.split("\n")).rstrip() for line in lines), total])
+    if level not in LEVELS:
+        raise QatkitError(f"at_least(level={level!r}): choose one of {', '.join(LEVELS)}")
+    return [one for one in findings if LEVELS.index(one.level) <= LEVELS.index(level)]
 
 
 def findings_to_json(findings: Iterable[Finding], *, indent: int | None = 2) -> str:
-    """Return the findings as a JSON array of objects with the fields of `Finding`.
+    """Return the findings as a JSON array, one object for each, in the given order.
+
+    Each object has the six fields of `Finding`, all of them strings: ``rule``, ``level``, ``node``,
+    ``message``, ``source``, ``remedy``. Further fields may be added, none is renamed or left out.
 
     >>> findings_to_json([])
     '[]'

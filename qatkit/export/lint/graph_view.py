@@ -5,16 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from graphlib import CycleError, TopologicalSorter
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from qatkit.errors import QatkitError, shorten
+from qatkit.errors import QatkitError
+from qatkit.export.lint.constants import (
+    NOT_EVALUATED,
+    Array,
+    constant_node_value,
+    evaluate,
+    read_tensor,
+)
 from qatkit.export.lint.shapes import Shape, infer_shapes, shape_of
 from qatkit.export.lint.subgraphs import captured, subgraphs
 
 if TYPE_CHECKING:
-    from onnx import GraphProto, ModelProto, NodeProto, TensorProto, TypeProto
+    from onnx import GraphProto, ModelProto, NodeProto, TypeProto
 
 # Operators whose output differs from run to run, or is not a function of the inputs alone.
 NOT_FOLDABLE = frozenset(
@@ -47,13 +53,17 @@ class Node:
     raw: NodeProto = field(repr=False)
 
     def attribute(self, name: str, default: Any = None) -> Any:
-        """Return the value of an attribute, ``default`` where it is not written."""
+        """Return the value of an attribute, ``default`` where it is not written or of another type.
+
+        Without a default any type will do, ``None`` stands for an attribute that is not written.
+        """
         from onnx import helper
 
         for attribute in self.raw.attribute:
             if attribute.name == name:
                 value = helper.get_attribute_value(attribute)
-                return value.decode() if isinstance(value, bytes) else value
+                value = value.decode() if isinstance(value, bytes) else value
+                return value if default is None or type(value) is type(default) else default
         return default
 
     def has_attribute(self, name: str) -> bool:
@@ -109,12 +119,14 @@ class GraphView:
         self.outputs = tuple(value.name for value in graph.output)
         self._base_dir, self._inferred, self._prefix = base_dir, inferred, prefix
         self.memo: dict[tuple[str, str], Any] = {}
+        self._computed: dict[str, Array | None] = {}
         self._initializers = {tensor.name: tensor for tensor in graph.initializer}
         self._sparse = {sparse.values.name for sparse in graph.sparse_initializer}
         self.nodes = tuple(_node(raw, index, prefix) for index, raw in enumerate(graph.node))
         self._producers = {name: node for node in self.nodes for name in node.outputs if name}
         self._consumers = _index_consumers(self.nodes)
         self._types = _index_types(inferred)
+        self._check_order()
         self._constants = self._fold()
 
     def producer(self, tensor: str) -> Node | None:
@@ -138,31 +150,33 @@ class GraphView:
         known = tensor in self._producers or tensor in self.inputs
         return self.parent is not None and not known and self.parent.is_constant(tensor)
 
-    def array(self, tensor: str) -> np.ndarray[Any, Any] | None:
-        """Return the value of a constant, through Identity, Cast, Transpose; ``None`` if unknown.
+    def array(self, tensor: str) -> Array | None:
+        """Return the value of a constant, ``None`` if it is unknown or no constant.
 
         Raises:
-            QatkitError: the value lies in an external data file that cannot be read.
+            QatkitError: the value is damaged, or in an external data file that cannot be read.
         """
         if tensor in self._initializers:
-            return self._read(self._initializers[tensor])
+            return read_tensor(self._initializers[tensor], self._base_dir)
         node = self._producers.get(tensor)
         if node is None:
             return self.parent.array(tensor) if self.parent is not None else None
         if node.op == "Constant":
-            return self._constant_value(node)
-        if node.op not in ("Identity", "Cast", "Transpose"):
-            return None
-        value = self.array(node.input(0))
-        if value is None or node.op == "Identity":
-            return value
-        if node.op == "Transpose":
-            return np.transpose(value, node.attribute("perm"))
-        from onnx import helper
+            return constant_node_value(node.raw, self._base_dir)
+        if tensor not in self._computed:
+            self._computed[tensor] = self._compute(node, tensor)
+        return self._computed[tensor]
 
-        dtype: np.dtype[Any] = helper.tensor_dtype_to_np_dtype(node.attribute("to", 1))
-        converted: np.ndarray[Any, Any] = value.astype(dtype)
-        return converted
+    def _compute(self, node: Node, tensor: str) -> Array | None:
+        if node.domain or tensor not in self._constants or node.op in NOT_EVALUATED:
+            return None
+        inputs: dict[str, Array] = {}
+        for name in filter(None, node.inputs):
+            value = self.array(name)
+            if value is None:
+                return None
+            inputs[name] = value
+        return evaluate(node.raw, inputs, tensor, self.opset)
 
     def shape(self, tensor: str) -> Shape | None:
         """Return the shape, ``None`` per unknown dimension, or ``None`` for an unknown rank."""
@@ -176,8 +190,6 @@ class GraphView:
 
     def dtype(self, tensor: str) -> str | None:
         """Return the element type, for example ``int8`` or ``float``; ``None`` if unknown."""
-        from onnx import TensorProto
-
         code = 0
         if tensor in self._initializers:
             code = self._initializers[tensor].data_type
@@ -185,7 +197,7 @@ class GraphView:
             code = self._types[tensor].tensor_type.elem_type
         elif tensor not in self._producers and self.parent is not None:
             return self.parent.dtype(tensor)
-        return TensorProto.DataType.Name(code).lower() if code else None
+        return type_name(code)
 
     @cached_property
     def opset(self) -> int:
@@ -219,6 +231,23 @@ class GraphView:
         for view in self.subviews:
             yield from view.walk()
 
+    def _check_order(self) -> None:
+        """Refuse a cycle, in which every walk would be lost."""
+        before = {
+            node.index: {
+                self._producers[name].index for name in node.inputs if name in self._producers
+            }
+            for node in self.nodes
+        }
+        try:
+            TopologicalSorter(before).prepare()
+        except CycleError as error:
+            node = self.nodes[error.args[1][0]]
+            raise QatkitError(
+                f"graph {self.name!r}: node {node.name!r} reads its own output on a cycle: "
+                "check the file with onnx.checker.check_model"
+            ) from None
+
     def _fold(self) -> frozenset[str]:
         constants = set(self._initializers) | self._sparse
         for node in self.nodes:
@@ -233,35 +262,20 @@ class GraphView:
         local = tensor in self._producers or tensor in self.inputs
         return self.parent is not None and not local and self.parent.is_constant(tensor)
 
-    def _read(self, tensor: TensorProto) -> np.ndarray[Any, Any]:
-        from onnx import numpy_helper
-
-        try:
-            return numpy_helper.to_array(tensor, self._base_dir)
-        except (OSError, ValueError, TypeError, RuntimeError) as error:
-            raise QatkitError(
-                f"tensor {tensor.name!r}: value cannot be read ({shorten(str(error), 120)}): "
-                "give the path of the file with its external data beside it"
-            ) from None
-        except Exception as error:  # onnx.checker.ValidationError has no public base class
-            if type(error).__name__ != "ValidationError":
-                raise
-            raise QatkitError(
-                f"tensor {tensor.name!r}: external data not found: give the path of the file, "
-                "with its external data beside it"
-            ) from None
-
-    def _constant_value(self, node: Node) -> np.ndarray[Any, Any] | None:
-        for name in ("value_float", "value_floats", "value_int", "value_ints"):
-            if node.has_attribute(name):
-                dtype = np.float32 if "float" in name else np.int64
-                return np.asarray(node.attribute(name), dtype=dtype)
-        return self._read(node.attribute("value")) if node.has_attribute("value") else None
-
 
 def open_view(model: ModelProto, base_dir: str = "") -> GraphView:
     """Return the view on the main graph of ``model``, with shapes inferred where possible."""
     return GraphView(model, model.graph, infer_shapes(model), base_dir)
+
+
+def type_name(code: int) -> str | None:
+    """Return the name of an element type, for example ``int8``; ``None`` for an unknown code."""
+    from onnx import TensorProto
+
+    if code == TensorProto.UNDEFINED or code not in TensorProto.DataType.values():
+        return None
+    name: str = TensorProto.DataType.Name(code)
+    return name.lower()
 
 
 def _node(raw: NodeProto, index: int, prefix: str) -> Node:

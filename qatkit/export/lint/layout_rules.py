@@ -9,6 +9,7 @@ from qatkit.export.lint.finding import Finding
 from qatkit.export.lint.graph_view import GraphView, Node
 from qatkit.export.lint.rule import Rule
 from qatkit.export.lint.walks import (
+    IDENTITIES,
     WHOLE_COPIES,
     dq_behind,
     is_copy,
@@ -16,6 +17,8 @@ from qatkit.export.lint.walks import (
     same_scale,
     show_scale,
 )
+
+RESIZES = frozenset({"Resize", "Upsample"})
 
 
 def activation_quantizers(view: GraphView) -> Iterator[Node]:
@@ -67,6 +70,22 @@ def _quantized_sources(
         node = source
 
 
+def check_pairs(view: GraphView, backend: Backend) -> Iterator[Finding]:
+    """F8: a DQ has the scale of the Q whose codes it reads, also through copies of the codes."""
+    for dequantize in view.nodes:
+        source = view.producer(dequantize.input(0)) if dequantize.is_dq else None
+        while source is not None and source.op in WHOLE_COPIES and source.op != "Concat":
+            source = view.producer(source.input(0))
+        if source is None or not source.is_q or same_scale(view, source, dequantize) is not False:
+            continue
+        text = (
+            f"scale {show_scale(view, dequantize)}, but QuantizeLinear {source.name!r} wrote the "
+            f"codes with {show_scale(view, source)}"
+        )
+        remedy = "give both the same scale"
+        yield Finding("F8", "WARN", dequantize.name, text, remedy=remedy)
+
+
 def check_concats(view: GraphView, backend: Backend) -> Iterator[Finding]:
     """F9: all inputs and the output of a Concat share one scale."""
     for node in view.nodes:
@@ -102,28 +121,50 @@ def _siblings(view: GraphView, tensor: str, concat: Node) -> list[Node]:
     return found
 
 
+def _real_tensor(view: GraphView, tensor: str) -> str:
+    """Return the tensor in front of Identity and Dropout."""
+    node = view.producer(tensor)
+    while node is not None and node.op in IDENTITIES:
+        tensor = node.input(0)
+        node = view.producer(tensor)
+    return tensor
+
+
 def check_resizes(view: GraphView, backend: Backend) -> Iterator[Finding]:
     """F10: no quantizer for the sake of a Resize alone."""
     for node in view.nodes:
-        source = view.producer(node.input(0)) if node.op in ("Resize", "Upsample") else None
+        source = view.producer(node.input(0)) if node.op in RESIZES else None
         if source is None or not source.is_dq:
             continue
-        alone = all(reader.op in ("Resize", "Upsample") for reader in view.consumers(source.output))
-        if alone and not quantizers_after(view, node.output, backend, through=frozenset({node.op})):
+        alone = all(reader.op in RESIZES for reader in view.consumers(source.output))
+        useful = is_copy(view, node, backend) and _feeds_weighted(view, node.output, backend)
+        if useful or not alone:
+            continue
+        if not quantizers_after(view, node.output, backend, through=RESIZES):
             text = f"input of {node.op} is quantized, no quantizer follows"
             remedy = "leave the input float: no Q is needed in front of a Resize"
             yield Finding("F10", "INFO", node.name, text, remedy=remedy)
 
 
+def _feeds_weighted(view: GraphView, tensor: str, backend: Backend) -> bool:
+    """Return whether a weighted operator reads ``tensor``, through copies."""
+    todo, seen = [tensor], {tensor}
+    while todo:
+        for node in view.consumers(todo.pop()):
+            if node.op in backend.weighted and not node.domain:
+                return True
+            if is_copy(view, node, backend):
+                todo += [name for name in node.outputs if name not in seen]
+                seen.update(node.outputs)
+    return False
+
+
 def check_shared_tensors(view: GraphView, backend: Backend) -> Iterator[Finding]:
     """F17: one tensor has one quantizer with one scale."""
-    seen = set()
-    for quantize in activation_quantizers(view):
-        tensor = quantize.input(0)
-        if tensor in seen:
-            continue
-        seen.add(tensor)
-        rest = direct_quantizers(view, tensor)[1:]
+    by_tensor: dict[str, list[Node]] = {}
+    for one in activation_quantizers(view):
+        by_tensor.setdefault(_real_tensor(view, one.input(0)), []).append(one)
+    for tensor, (quantize, *rest) in by_tensor.items():
         differing = [one for one in rest if same_scale(view, quantize, one) is False]
         if differing:
             scales = dict.fromkeys(show_scale(view, one) for one in (quantize, *differing))
@@ -138,6 +179,7 @@ def check_shared_tensors(view: GraphView, backend: Backend) -> Iterator[Finding]
 
 LAYOUT_RULES = (
     Rule("F8", "copies share one scale", "[D][T] TensorRT, modelopt", check_copies),
+    Rule("F8", "Q and DQ share one scale", "[D] TensorRT, Explicit quantization", check_pairs),
     Rule("F9", "Concat shares one scale", "[T] NVIDIA yolov7: 180 -> 207 qps", check_concats),
     Rule("F10", "no Q for a Resize", "[T] modelopt placement", check_resizes),
     Rule("F17", "one tensor, one quantizer", "[D] TensorRT, Q/DQ placement", check_shared_tensors),

@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def load_for_lint(path_or_model: str | Path | ModelProto) -> tuple[ModelProto, str]:
-    """Return the model, local functions inlined, and the folder of its external data.
+def load_for_lint(path_or_model: str | Path | ModelProto) -> tuple[ModelProto, str, str]:
+    """Return the model, local functions inlined, the folder of its external data, and its name.
 
     Args:
         path_or_model: path of an .onnx file, or a model in memory.
 
     Returns:
-        The model and the folder, ``""`` for a model in memory.
+        The model; the folder, ``""`` for a model in memory; what to call it in a message.
 
     Raises:
         MissingExtraError: onnx is not installed.
@@ -44,7 +44,21 @@ def load_for_lint(path_or_model: str | Path | ModelProto) -> tuple[ModelProto, s
         )
     if not model.HasField("graph") or not model.ir_version:
         raise QatkitError(f"{where}: no graph inside: give a file written by export_onnx()")
-    return _inline_functions(model), base_dir
+    return _inline_functions(model), base_dir, where
+
+
+def malformed(model: ModelProto) -> str:
+    """Return what onnx finds wrong with a model, ``""`` for nothing or a model in several files."""
+    import onnx
+
+    external = onnx.TensorProto.EXTERNAL
+    if any(tensor.data_location == external for tensor in model.graph.initializer):
+        return ""
+    try:
+        onnx.checker.check_model(model)
+    except Exception as error:  # ValidationError has no public base class
+        return shorten(str(error), 160)
+    return ""
 
 
 def _read_file(path: Path) -> ModelProto:

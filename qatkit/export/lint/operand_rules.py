@@ -9,15 +9,20 @@ from qatkit.export.lint.finding import Finding
 from qatkit.export.lint.graph_view import GraphView, Node
 from qatkit.export.lint.rule import Rule
 from qatkit.export.lint.walks import (
+    IDENTITIES,
     constant_operand,
     dq_behind,
     is_copy,
     is_quantized,
+    quantizer_of,
+    real_producer,
     weight_input,
     weighted_behind,
     weighted_nodes,
 )
 
+RESHAPES = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze"})
+CODES = frozenset({"int8", "uint8", "int4", "uint4"})
 WEIGHT_ONLY_TYPES = frozenset({"int4", "uint4", "float4e2m1"})
 
 
@@ -30,13 +35,23 @@ def check_bias(view: GraphView, backend: Backend) -> Iterator[Finding]:
         if node.op in backend.weighted and node.op != "MatMul":
             bias = node.input(2)
         elif node.op == "Add" and (index := constant_operand(view, node)) is not None:
-            source = view.producer(node.input(1 - index))
-            bias = node.input(index) if source is not None and source.op == "MatMul" else ""
+            bias = node.input(index) if _is_bias_add(view, node, index, backend) else ""
         dequantize = dq_behind(view, bias, backend) if bias else None
         if dequantize is not None:
             text = f"bias {bias!r} comes from DequantizeLinear {dequantize.name!r}"
             remedy = "keep the bias a float initializer"
             yield Finding("P5", "ERROR", node.name, text, remedy=remedy)
+
+
+def _is_bias_add(view: GraphView, node: Node, index: int, backend: Backend) -> bool:
+    """Return whether an Add puts one constant per channel on the result of a weighted operator."""
+    shape = view.shape(node.input(index))
+    if shape is None or sum(size != 1 for size in shape) > 1:
+        return False
+    source = view.producer(node.input(1 - index))
+    while source is not None and (source.op in IDENTITIES or source.op in RESHAPES):
+        source = view.producer(source.input(0))
+    return source is not None and source.op in backend.weighted and not source.domain
 
 
 def check_operands(view: GraphView, backend: Backend) -> Iterator[Finding]:
@@ -66,9 +81,7 @@ def check_graph_outputs(view: GraphView, backend: Backend) -> Iterator[Finding]:
     if view.parent is not None:
         return
     for name in view.outputs:
-        node = view.producer(name)
-        while node is not None and node.op == "Identity":
-            node = view.producer(node.input(0))
+        node = real_producer(view, name)
         if node is not None and (node.is_q or node.is_dq):
             text = f"graph output {name!r} is the output of {node.op}"
             remedy = "do not quantize the last tensor"
@@ -87,6 +100,20 @@ def check_constants(view: GraphView, backend: Backend) -> Iterator[Finding]:
         follower = f"{strange[0].op} {strange[0].name!r}" if strange else "nothing"
         text = f"quantized constant {node.input(0)!r} is followed by {follower}"
         yield Finding("B2", "ERROR", node.name, text, remedy="put a DequantizeLinear behind it")
+
+
+def check_bare_codes(view: GraphView, backend: Backend) -> Iterator[Finding]:
+    """B2: no weighted operator reads codes without a DequantizeLinear."""
+    for node in view.nodes:
+        if node.op not in backend.weighted or node.domain:
+            continue
+        for tensor in node.inputs[:2]:
+            kind, source = view.dtype(tensor), view.producer(tensor)
+            reported = source is not None and source.is_q and view.is_constant(tensor)
+            if kind in CODES and not reported:
+                text = f"{node.op} reads {kind} codes {tensor!r} without a DequantizeLinear"
+                remedy = "put a DequantizeLinear in front of it"
+                yield Finding("B2", "ERROR", node.name, text, remedy=remedy)
 
 
 def _readers(view: GraphView, tensor: str, backend: Backend) -> Iterator[Node]:
@@ -125,10 +152,10 @@ def check_leftover_batch_norms(view: GraphView, backend: Backend) -> Iterator[Fi
         if node.op != "BatchNormalization" or node.domain:
             continue
         tensor = node.input(0)
-        source = view.producer(tensor)
+        source = real_producer(view, tensor)
         if source is not None and source.is_dq:
-            quantize = view.producer(source.input(0))
-            tensor = quantize.input(0) if quantize is not None and quantize.is_q else tensor
+            quantize = quantizer_of(view, source)
+            tensor = quantize.input(0) if quantize is not None else tensor
         weighted = weighted_behind(view, tensor, backend)
         if weighted is None or not any(
             is_quantized(view, weighted.input(index), backend) for index in (0, 1)
@@ -144,6 +171,7 @@ OPERAND_RULES = (
     Rule("B1", "both inputs or neither", "[I] TensorRT: Could not fuse 2nd input", check_operands),
     Rule("B1", "no Q/DQ at graph outputs", "[I] TensorRT maintainers", check_graph_outputs),
     Rule("B2", "quantized constant -> DQ", "[I] TensorRT maintainers", check_constants),
+    Rule("B2", "no bare codes", "[C] ONNX: Conv, Gemm and MatMul take no int8", check_bare_codes),
     Rule("F1", "quantize all inputs", "[D] TensorRT, Explicit quantization", check_float_operators),
     Rule("F5", "batch norm folded", "[D] TensorRT, Q/DQ placement", check_leftover_batch_norms),
 )

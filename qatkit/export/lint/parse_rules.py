@@ -9,19 +9,20 @@ import numpy as np
 
 from qatkit.backend import Backend
 from qatkit.export.lint.finding import Finding
-from qatkit.export.lint.graph_view import GraphView, Node
+from qatkit.export.lint.graph_view import GraphView, Node, type_name
 from qatkit.export.lint.rule import Rule
 from qatkit.export.lint.walks import FLOATS, quantized_shape, scale_of
 
 PARSER = "[C] onnx-tensorrt parser, QuantDequantLinearHelper"
 INTEGER_OP = re.compile(r"^QLinear|Integer$|^DynamicQuantizeLinear$")
 FOREIGN_QUANT_OP = re.compile(
-    r"quant|^Q(Linear|Gemm|Attention|Embed|Ordered|MoE)|IntegerToFloat|Integer$|NBits|^BipolarQ",
+    r"quant(?!ile|um|it)|^Q(Linear|Gemm|Attention|Embed|Ordered|MoE)|IntegerToFloat|Integer$"
+    r"|NBits|Bnb4",
     re.IGNORECASE,
 )
-# Least opset by type of the codes or of the scale, and least IR version by opset.
+# Least opset by type of the codes or of the scale.
 OPSET_OF_TYPE = {"float16": 19, "bfloat16": 19, "float8e4m3fn": 19, "int4": 21, "float4e2m1": 23}
-IR_OF_OPSET = ((23, 11), (21, 10), (19, 9), (15, 8), (12, 7))
+SCALE_TYPES = frozenset({"float", "float16", "bfloat16"})
 
 
 def qdq_nodes(view: GraphView) -> Iterator[Node]:
@@ -31,15 +32,28 @@ def qdq_nodes(view: GraphView) -> Iterator[Node]:
 
 def check_operators(view: GraphView, backend: Backend) -> Iterator[Finding]:
     """P1: only standard QuantizeLinear and DequantizeLinear."""
+    from onnx import defs
+
     for node in view.nodes:
+        # PyTorch's exporter hides operators it does not know in one called ATen.
+        called = f"{node.op} {node.attribute('operator', '')}".rstrip()
         if node.domain == "" and INTEGER_OP.search(node.op):
             what = f"{node.op} is an integer operator"
-        elif node.domain and FOREIGN_QUANT_OP.search(node.op):
-            what = f"{node.op} of domain {node.domain!r} is not a standard operator"
+        elif FOREIGN_QUANT_OP.search(called) and (node.domain or not defs.has(node.op)):
+            domain = f" of domain {node.domain!r}" if node.domain else ""
+            what = f"{called}{domain} is not a standard operator"
         else:
             continue
         remedy = "export QuantizeLinear/DequantizeLinear pairs of the standard domain (QDQ format)"
         yield Finding("P1", "ERROR", node.name, what, remedy=remedy)
+
+
+def code_types(view: GraphView, node: Node) -> set[str]:
+    """Return the known types of the codes, more than one where the inputs of a DQ disagree."""
+    found = {view.dtype(node.input(2)), view.dtype(node.input(0)) if node.is_dq else None}
+    if node.is_q and not node.input(2):
+        found.add(type_name(node.attribute("output_dtype", 0)))
+    return {dtype for dtype in found if dtype is not None}
 
 
 def check_zero_points(view: GraphView, backend: Backend) -> Iterator[Finding]:
@@ -63,17 +77,11 @@ def check_code_types(view: GraphView, backend: Backend) -> Iterator[Finding]:
     allowed = backend.code_types | ({"uint8"} if backend.unsigned_int8 else set())
     remedy = "use int8 codes and an int8 zero point of 0, also after ReLU"
     for node in qdq_nodes(view):
-        if node.input(2):
-            dtype = view.dtype(node.input(2))
-        elif node.is_dq:
-            dtype = view.dtype(node.input(0))
-            text = "no zero point, and parsers before TensorRT 10 want three inputs"
-            yield Finding("P3", "WARN", node.name, text, remedy="write an int8 zero point of 0")
-        else:
+        if node.is_q and not node.input(2) and not node.attribute("output_dtype", 0):
             text = "no zero point, which means uint8 in ONNX"
             yield Finding("P3", "ERROR", node.name, text, remedy="write an int8 zero point of 0")
             continue
-        if dtype is not None and dtype not in allowed:
+        for dtype in sorted(code_types(view, node) - allowed):
             yield Finding("P3", "ERROR", node.name, f"{dtype} codes are refused", remedy=remedy)
 
 
@@ -117,10 +125,22 @@ def check_axes(view: GraphView, backend: Backend) -> Iterator[Finding]:
 def _axis_errors(view: GraphView, node: Node, scale_shape: tuple[int | None, ...]) -> Iterator[str]:
     shape = quantized_shape(view, node)
     if len(scale_shape) > 1:
-        if not node.attribute("block_size", 0):
+        block = node.attribute("block_size", 0)
+        if not block:
             yield f"scale of shape {list(scale_shape)} is neither a scalar nor a vector"
         elif shape is not None and len(shape) != len(scale_shape):
             yield f"block scale of rank {len(scale_shape)} on data of rank {len(shape)}"
+        elif shape is not None:
+            axis = node.attribute("axis", 1) % len(shape)
+            wanted = [
+                -(-size // block) if index == axis and size is not None else size
+                for index, size in enumerate(shape)
+            ]
+            if any(a != b for a, b in zip(wanted, scale_shape, strict=True) if a is not None):
+                yield (
+                    f"block scale of shape {list(scale_shape)}, not {wanted}, for blocks of "
+                    f"{block} along axis {axis}"
+                )
         return
     if not node.has_attribute("axis"):
         yield "per-channel without an axis attribute, whose default differs between parsers"
@@ -170,21 +190,35 @@ def check_versions(view: GraphView, backend: Backend) -> Iterator[Finding]:
             text = f"{what} needs opset {opset}, the file has {view.opset}"
             yield Finding("P9", "ERROR", node.name, text, remedy=f"export at opset {opset}")
     ir_version = view.model.ir_version
-    least = next((ir for opset, ir in IR_OF_OPSET if view.opset >= opset), 0)
+    least = _least_ir_version(view.opset)
     if view.parent is None and view.has_qdq and ir_version < least:
         text = f"IR version {ir_version} with opset {view.opset}, which came with {least}"
         yield Finding("P9", "ERROR", view.name, text, remedy=f"write ir_version = {least}")
 
 
+def _least_ir_version(opset: int) -> int:
+    """Return the IR version that came with an opset, 0 for one that onnx does not know yet."""
+    from onnx import helper
+
+    try:
+        return helper.find_min_ir_version_for([helper.make_opsetid("", opset)])
+    except ValueError:
+        return 0
+
+
 def check_strong_types(view: GraphView, backend: Backend) -> Iterator[Finding]:
-    """P10: the scale of a Q has the type of its input."""
+    """P10: the scale of a Q has the type of its input, and one that engines take."""
     for node in view.nodes:
+        if node.is_dq and (kind := view.dtype(node.input(1))) in FLOATS - SCALE_TYPES:
+            yield Finding("P10", "ERROR", node.name, f"{kind} scale", remedy="write it as float")
         data, scale = view.dtype(node.input(0)), view.dtype(node.input(1))
-        if not node.is_q or data is None or scale is None or data == scale:
+        if not node.is_q or data is None or scale is None:
+            continue
+        if data == scale and scale in SCALE_TYPES:
             continue
         text = f"{scale} scale on {data} data"
-        if data not in FLOATS:
-            remedy = "quantize float data only"
+        if data not in SCALE_TYPES:
+            remedy = "quantize float, float16 or bfloat16 data only"
         else:
             remedy = f"write the scale as {data}" + (
                 ", which needs opset 19" if data in OPSET_OF_TYPE and view.opset < 19 else ""

@@ -113,7 +113,7 @@ def depths(view: GraphView, node: Node | None) -> dict[int, int]:
 
 def is_residual(view: GraphView, node: Node) -> bool:
     """Return whether an Add joins two tensors of one shape, as far as shapes are known."""
-    if node.op != "Add" or node.domain or len(node.inputs) != 2:
+    if node.op not in ("Add", "Sum") or node.domain or len(node.inputs) != 2:
         return False
     if any(view.is_constant(name) for name in node.inputs):
         return False
@@ -125,8 +125,17 @@ def is_residual(view: GraphView, node: Node) -> bool:
     )
 
 
-def check_residuals(view: GraphView, backend: Backend) -> Iterator[Finding]:
-    """F6: behind a conv the other operand is quantized; F6c: behind a linear layer, or both."""
+def check_conv_residuals(view: GraphView, backend: Backend) -> Iterator[Finding]:
+    """F6: of a residual Add behind a conv, the other operand is quantized, and it alone."""
+    return (one for one in _residual_findings(view, backend) if one.rule == "F6")
+
+
+def check_linear_residuals(view: GraphView, backend: Backend) -> Iterator[Finding]:
+    """F6c: of a residual Add behind a linear layer, the other operand is quantized, or both."""
+    return (one for one in _residual_findings(view, backend) if one.rule == "F6c")
+
+
+def _residual_findings(view: GraphView, backend: Backend) -> Iterator[Finding]:
     for node in view.nodes:
         if not is_residual(view, node):
             continue
@@ -184,9 +193,14 @@ def _fused(view: GraphView, operands: list[Operand]) -> tuple[int | None, bool]:
     if nearest is None or first[nearest] == second[nearest]:
         quantized = [operand.quantized for operand in operands]
         return (quantized.index(False) if False in quantized else 0), False
-    return (0 if first[nearest] > second[nearest] else 1), False
+    return (0 if first[nearest] > second[nearest] else 1), True
 
 
 RESIDUAL_RULES = (
-    Rule("F6", "residual: quantize the skip input", "[D][T] TensorRT, modelopt", check_residuals),
+    Rule(
+        "F6", "residual: quantize the skip input", "[D][T] TensorRT, modelopt", check_conv_residuals
+    ),
+    Rule(
+        "F6c", "transformer residual", "[T] modelopt, policy of the backend", check_linear_residuals
+    ),
 )

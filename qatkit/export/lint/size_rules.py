@@ -55,9 +55,9 @@ def check_few_channels(view: GraphView, backend: Backend) -> Iterator[Finding]:
     """F15: INT8 convolutions want 16 channels, or 8-aligned ones in the first layer."""
     for node in weighted_nodes(view, backend):
         shape = view.shape(node.input(1))
-        if node.op != "Conv" or not shape or not is_int8(view, node, backend):
+        if node.op != "Conv" or shape is None or not is_int8(view, node, backend):
             continue
-        if shape[0] is None or shape[1] is None:
+        if len(shape) < 2 or shape[0] is None or shape[1] is None:
             continue
         c_in, c_out = shape[1] * node.attribute("group", 1), shape[0]
         first = _reads_graph_input(view, node, backend)

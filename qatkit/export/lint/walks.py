@@ -17,6 +17,10 @@ WHOLE_COPIES = frozenset(
 )
 FLOATS = frozenset({"float", "float16", "bfloat16", "double"})
 CONVS = frozenset({"Conv", "ConvTranspose"})
+# Nothing happens here at inference; exporters leave these anywhere.
+IDENTITIES = frozenset({"Identity", "Dropout"})
+# With a constant, what a batch norm or a bias may look like.
+AFFINE = frozenset({"Add", "Sub", "Mul"})
 
 
 def is_copy(view: GraphView, node: Node, backend: Backend) -> bool:
@@ -30,6 +34,29 @@ def is_copy(view: GraphView, node: Node, backend: Backend) -> bool:
     if node.op == "Cast":
         return view.dtype(node.input(0)) in FLOATS and view.dtype(node.output) in FLOATS
     return False
+
+
+def real_producer(view: GraphView, tensor: str) -> Node | None:
+    """Return the node that makes ``tensor``, through Identity and Dropout."""
+    node = view.producer(tensor)
+    while node is not None and node.op in IDENTITIES:
+        node = view.producer(node.input(0))
+    return node
+
+
+def real_readers(view: GraphView, tensor: str) -> Iterator[Node]:
+    """Yield the nodes that read ``tensor``, through Identity and Dropout."""
+    for node in view.consumers(tensor):
+        if node.op in IDENTITIES:
+            yield from real_readers(view, node.output)
+        else:
+            yield node
+
+
+def quantizer_of(view: GraphView, dequantize: Node) -> Node | None:
+    """Return the QuantizeLinear whose codes ``dequantize`` reads, ``None`` for stored codes."""
+    quantize = real_producer(view, dequantize.input(0))
+    return quantize if quantize is not None and quantize.is_q else None
 
 
 def dq_behind(view: GraphView, tensor: str, backend: Backend) -> Node | None:
@@ -90,14 +117,14 @@ def constant_operand(view: GraphView, node: Node) -> int | None:
 
 
 def weighted_behind(view: GraphView, tensor: str, backend: Backend) -> Node | None:
-    """Return the weighted operator behind ``tensor``, through batch norm, bias Add, identities."""
+    """Return the weighted operator behind ``tensor``, through batch norm, bias, identities."""
     node = view.producer(tensor)
     while node is not None:
         if node.op in backend.weighted:
             return node
-        if node.op in ("BatchNormalization", "Identity", "Dropout"):
+        if node.op == "BatchNormalization" or node.op in IDENTITIES:
             node = view.producer(node.input(0))
-        elif node.op == "Add" and (constant := constant_operand(view, node)) is not None:
+        elif node.op in AFFINE and (constant := constant_operand(view, node)) is not None:
             node = view.producer(node.input(1 - constant))
         else:
             return None
@@ -142,7 +169,8 @@ def scale_of(view: GraphView, node: Node) -> np.ndarray[Any, Any] | None:
     key = ("scale", node.name + node.output)
     if key not in view.memo:
         value = view.array(node.input(1)) if node.input(1) else None
-        view.memo[key] = None if value is None else np.asarray(value, dtype=np.float64).ravel()
+        numbers = value is not None and value.dtype.kind not in "OSU"
+        view.memo[key] = np.asarray(value, dtype=np.float64).ravel() if numbers else None
     found: np.ndarray[Any, Any] | None = view.memo[key]
     return found
 
@@ -154,7 +182,9 @@ def same_scale(view: GraphView, first: Node, second: Node) -> bool | None:
     one, other = scale_of(view, first), scale_of(view, second)
     if one is None or other is None:
         return None
-    return one.shape == other.shape and bool(np.allclose(one, other, rtol=1e-6, atol=0.0))
+    return one.shape == other.shape and bool(
+        np.allclose(one, other, rtol=1e-6, atol=0.0, equal_nan=True)
+    )
 
 
 def show_scale(view: GraphView, node: Node) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ from qatkit.backend import Backend
 from qatkit.export.lint.finding import Finding
 from qatkit.export.lint.graph_view import GraphView, Node
 from qatkit.export.lint.rule import Rule
+from qatkit.export.lint.shapes import Shape
 from qatkit.export.lint.walks import (
     dq_behind,
     quantized_shape,
@@ -19,7 +21,8 @@ from qatkit.export.lint.walks import (
     weighted_nodes,
 )
 
-SAME_AXES = frozenset({"Identity", "Cast", "Dropout"})
+# Copies that keep the order of the axes, though not every value.
+SAME_AXES = frozenset({"Identity", "Cast", "Dropout", "Split", "Slice", "Gather", "Pad", "Concat"})
 
 
 def weight_quantizer(view: GraphView, node: Node, backend: Backend) -> tuple[int, Node] | None:
@@ -44,7 +47,7 @@ def output_axis(view: GraphView, node: Node, index: int) -> int | None:
 
 
 def axis_at(view: GraphView, tensor: str, stop: Node, axis: int) -> int | None:
-    """Follow ``axis`` of ``tensor`` back to the output of ``stop``; ``None`` behind a reshape."""
+    """Follow ``axis`` of ``tensor`` back to the output of ``stop``; ``None`` where it is lost."""
     node = view.producer(tensor)
     while node is not None and node is not stop:
         before, after = view.shape(node.input(0)), view.shape(node.output)
@@ -54,10 +57,27 @@ def axis_at(view: GraphView, tensor: str, stop: Node, axis: int) -> int | None:
             if not 0 <= axis < len(perm):
                 return None
             axis = perm[axis]
-        elif node.op not in SAME_AXES and (before is None or before != after):
-            return None
+        elif before != after and not (
+            node.op in SAME_AXES and len(before or ()) == len(after or ())
+        ):
+            moved = _axis_in_front(before, after, axis)
+            if moved is None:
+                return None
+            axis = moved
         node = view.producer(node.input(0))
     return axis
+
+
+def _axis_in_front(before: Shape | None, after: Shape | None, axis: int) -> int | None:
+    """Return where ``axis`` lies in front of a reshape that keeps it in one piece."""
+    if before is None or after is None or None in before or None in after or axis >= len(after):
+        return None
+    sizes = [size or 0 for size in before]
+    wanted = (math.prod(size or 0 for size in after[:axis]), after[axis])
+    for index, size in enumerate(sizes):
+        if (math.prod(sizes[:index]), size) == wanted:
+            return index
+    return None
 
 
 def check_granularity(view: GraphView, backend: Backend) -> Iterator[Finding]:
@@ -83,7 +103,8 @@ def check_granularity(view: GraphView, backend: Backend) -> Iterator[Finding]:
         written = dequantize.attribute("axis", 1)
         written += len(data) if written < 0 and data is not None else 0
         wrong_axis = wanted is not None and written != wanted and (data is not None or written >= 0)
-        if wrong_axis or (channels is not None and scale.size != channels):
+        lost = wanted is None and channels is not None and scale.size != channels
+        if wrong_axis or lost:
             expected = f"axis {wanted}" if wanted is not None else f"{channels} output channels"
             text = f"{node.op} weight has {scale.size} scales along axis {written}, not {expected}"
             remedy = "quantize it along its output channels"

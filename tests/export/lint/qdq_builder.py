@@ -8,7 +8,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from qatkit.export.lint import lint_onnx
 
-IR_OF_OPSET = {11: 6, 13: 7, 17: 8, 18: 8, 19: 9, 21: 10}
+IR_OF_OPSET = {11: 6, 12: 7, 13: 7, 17: 8, 18: 8, 19: 9, 21: 10, 22: 10, 23: 11}
 
 
 class Graph:
@@ -27,6 +27,10 @@ class Graph:
         name = name or f"c{len(self.initializers)}"
         self.initializers.append(numpy_helper.from_array(np.asarray(value, dtype=dtype), name))
         return name
+
+    def constant(self, value, dtype=np.float32):
+        """Make a Constant node, where `const` makes an initializer."""
+        return self.op("Constant", value=numpy_helper.from_array(np.asarray(value, dtype=dtype)))
 
     def op(self, op_type, *inputs, name=None, domain="", outputs=1, **attributes):
         name = f"{op_type}_{len(self.nodes)}" if name is None else name

@@ -115,6 +115,12 @@ def test_f14_counts_all_rows(shape, bad):
     assert findings_of(g.model(y)) == ([("F14", "INFO", "fc")] if bad else [])
 
 
+def test_f15_leaves_a_weight_of_one_dimension_to_others():
+    g = Graph()
+    model = g.model(g.op("Conv", g.qdq(g.input(1, 16, 8, 8)), g.weight(16), name="conv"))
+    assert findings_of(model, "F15") == []
+
+
 def test_f15_depthwise_counts_all_channels():
     g = Graph()
     x = g.qdq(g.op("Relu", g.input(1, 32, 8, 8)))

@@ -108,7 +108,7 @@ def test_p3_missing_zero_points():
     found = findings_of(g.model(y))
     assert ("P3", "ERROR", "q") in found
     assert ("P3", "ERROR", "dq") in found  # the codes are uint8
-    assert ("P3", "WARN", "dq") in found
+    assert ("P3", "INFO", "dq") in found  # TensorRT 8 would refuse it, see test_version_rules
 
 
 def test_p3_omitted_by_an_empty_name():

@@ -62,7 +62,7 @@ def test_f6_float_conv_has_no_rule():
 
 @pytest.mark.parametrize(
     ("quantized", "level"),
-    [("short", None), ("deep", "INFO"), ("both", "WARN"), ("none", "WARN")],
+    [("short", None), ("deep", "WARN"), ("both", "WARN"), ("none", "WARN")],
 )
 def test_f6_two_conv_branches(quantized, level):
     g = Graph()
