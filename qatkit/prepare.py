@@ -13,8 +13,8 @@ from qatkit.graph.placement import place
 from qatkit.graph.plan import Plan, QuantizerPlan
 from qatkit.graph.rewrite import rewrite
 from qatkit.modes import require_module
-from qatkit.nn.attention import OPERANDS, ScaledDotProductAttention
 from qatkit.nn.fast_path import avoid_fast_path
+from qatkit.nn.functions import FUNCTIONS
 from qatkit.nn.quantized import (
     QuantizedComposite,
     QuantizedInput,
@@ -166,7 +166,7 @@ def _swap_layers(wanted: Plan, modules: dict[str, nn.Module]) -> None:
         for replaced in block.replacements:
             parent, _, name = replaced.module.rpartition(".")
             owner = modules[block.path].get_submodule(parent)
-            owner.add_module(name, ScaledDotProductAttention())
+            owner.add_module(name, FUNCTIONS[replaced.function]())
     for entry in wanted.quantizers:
         if entry.role == "weight":
             _attach_weight(entry, modules)
@@ -238,8 +238,9 @@ def _fill_slots(model: nn.Module) -> None:
 
 def _called_by(module: nn.Module) -> tuple[str, ...]:
     """Return the names of the quantizers that the forward of a layer calls."""
-    if isinstance(module, ScaledDotProductAttention):
-        return tuple(name for group in OPERANDS for name in group)
+    for function in FUNCTIONS.values():
+        if isinstance(module, function):
+            return tuple(name for group in function.operands for name in group)
     if isinstance(module, QuantizedComposite):
         slots = type(module).slots(module)
         return (*slots.inputs, *(name for group in slots.inner for name in group))

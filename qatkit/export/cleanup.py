@@ -31,7 +31,8 @@ def batch_norm_to_affine(model: ModelProto) -> None:
     """Replace each BatchNormalization in eval form by a Mul and an Add, in place.
 
     ``y = x * a + b`` with ``a = gamma / sqrt(var + eps)``, ``b = beta - mean * a``. Those behind a
-    quantized layer were folded into it before; the ones left stand behind something else.
+    quantized layer were folded into it before; the ones left stand behind something else, or are
+    a subclass that was folded, and do nothing: these go.
     """
     from onnx import helper, numpy_helper, shape_inference
 
@@ -59,6 +60,9 @@ def batch_norm_to_affine(model: ModelProto) -> None:
             if tensor is not None
         )
         factor = gamma / np.sqrt(var + eps)
+        if np.all(factor == 1) and np.all(beta == mean * factor):
+            kept.append(helper.make_node("Identity", [node.input[0]], [node.output[0]]))
+            continue
         shape = (-1, *[1] * (ranks[node.input[0]] - 2))
         base = node.name or node.output[0]
         pairs = (("Mul", factor), ("Add", beta - mean * factor))
@@ -73,6 +77,7 @@ def batch_norm_to_affine(model: ModelProto) -> None:
             source = target
     del graph.node[:]
     graph.node.extend(kept)
+    remove_identities(graph)
 
 
 def remove_unused(graph: GraphProto) -> None:

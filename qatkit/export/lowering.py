@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from qatkit.errors import QatkitError, shorten
 from qatkit.export.marker import Marker
@@ -121,11 +122,30 @@ def _replace_weight(model: nn.Module, weight: Weight, folded: FoldedLayer) -> No
 
 
 def _remove(model: nn.Module, norm: nn.Module) -> None:
-    """Put an identity in the place of a folded batch norm, under all its names."""
+    """Put an identity in the place of a folded batch norm, under all its names.
+
+    A subclass does more than normalize: it stays, and normalizes by 0 and 1.
+    """
+    if isinstance(norm, _BatchNorm) and not _only_normalizes(norm):
+        _neutralize(norm)
+        return
     for module in list(model.modules()):
         for name, child in module._modules.items():
             if child is norm:
                 module._modules[name] = nn.Identity()
+
+
+def _only_normalizes(norm: _BatchNorm) -> bool:
+    kind = getattr(type(norm), "float_class", type(norm))
+    return kind.forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+
+
+def _neutralize(norm: Any) -> None:
+    size = norm.running_var.shape
+    norm.running_mean, norm.running_var, norm.eps = torch.zeros(size), torch.ones(size), 0.0
+    if norm.weight is not None:
+        norm.weight = nn.Parameter(torch.ones(size), requires_grad=False)
+        norm.bias = nn.Parameter(torch.zeros(size), requires_grad=False)
 
 
 def _replace_quantizers(model: nn.Module) -> None:

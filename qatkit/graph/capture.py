@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from qatkit.errors import QatkitError, shorten
-from qatkit.graph.kinds import function_name, is_leaf, kind_of, module_name
+from qatkit.graph.kinds import SHAPED_LIKE, function_name, is_leaf, kind_of, module_name
 from qatkit.graph.structure import Template, flatten, map_tensors, tensors
 
 
@@ -73,6 +73,11 @@ class Call:
     def results(self) -> list[Value]:
         """The returned values as a flat list."""
         return flatten(self.outputs, Value)[1]
+
+    @property
+    def data(self) -> list[Value]:
+        """The inputs whose elements it reads: of the others it wants the shape only."""
+        return self.inputs[:1] if self.name in SHAPED_LIKE else self.inputs
 
     def ancestors(self) -> Iterator[Call]:
         """Yield the enclosing calls, innermost first."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 
+from torch.nn.modules.batchnorm import _BatchNorm
+
 from qatkit.graph.capture import Call, Capture, Value
 
 _FOLDABLE = ("Conv", "ConvTranspose", "Gemm")
@@ -23,25 +25,39 @@ def find_folds(capture: Capture) -> dict[str, str]:
         if call.kind not in _FOLDABLE or call.module is None or times[call.name] != 1:
             continue
         norm = _only_consumer(call.results[0], returned)
-        if (
-            norm is None
-            or norm.kind != "BatchNormalization"
-            or norm.module is None
-            or times[norm.name] != 1
-        ):
+        if norm is None or norm.kind != "BatchNormalization" or times[norm.name] > 1:
+            continue
+        owner = _owner(norm)
+        if owner is None or getattr(owner.module, "running_var", None) is None:
             continue
         if call.kind == "Gemm" and len(call.results[0].shape) != 2:
             continue
-        if getattr(norm.module, "running_var", None) is None:
-            continue
+        assert owner.module is not None
         if (
             call.module._forward_hooks
-            or norm.module._forward_hooks
-            or norm.module._forward_pre_hooks
+            or owner.module._forward_hooks
+            or owner.module._forward_pre_hooks
         ):
             continue  # they see or change what stands between the two
-        folds[call.name] = norm.name
+        folds[call.name] = owner.name
     return folds
+
+
+def _owner(norm: Call) -> Call | None:
+    """Return the call of the module that a normalization belongs to.
+
+    That is the layer itself, or a subclass of a batch norm whose own forward calls the function
+    with its own statistics.
+    """
+    if norm.module is not None:
+        return norm
+    owner = norm.parent
+    if owner is None or not isinstance(owner.module, _BatchNorm):
+        return None
+    once = sum(child.kind == "BatchNormalization" for child in owner.children) == 1
+    own = all(value.name.startswith(f"{owner.name}.") for value in norm.inputs[1:])
+    whole = len(norm.inputs) in (3, 5) and owner.inputs[:1] == norm.inputs[:1]
+    return owner if once and own and whole else None
 
 
 def _only_consumer(value: Value, returned: set[Value]) -> Call | None:

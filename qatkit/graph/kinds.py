@@ -65,6 +65,9 @@ KINDS: Mapping[str, str] = {
     for name in names.split()
 }
 
+SHAPED_LIKE = frozenset({"view_as", "reshape_as", "expand_as"})
+"""Functions that give their first input the shape of the second."""
+
 _OPERATORS = {
     prefix + name: name
     for prefix in ("i", "r")

@@ -197,11 +197,11 @@ class _Matcher:
         return self._values, self._calls
 
     def _module_call(self, node: fx.Node) -> Call:
-        prefix = f"{self._root.name}." if self._root.name else ""
-        path = prefix + str(node.target)
+        assert self._root.module is not None
+        module = self._root.module.get_submodule(str(node.target))
         while self._pending:
             call = self._pending.pop(0)
-            if call.module is not None and call.name == path:
+            if call.module is module:
                 if not self._reads(node, call):
                     raise LevelError(f"its module {node.target!r} reads what was written in place")
                 return call

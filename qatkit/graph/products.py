@@ -14,7 +14,7 @@ from qatkit.graph.levels import name_of
 from qatkit.graph.plan import QuantizerPlan, join_path
 from qatkit.graph.readers import Reader, Reading, function_path, quantizer_path
 from qatkit.graph.structure import unflatten
-from qatkit.nn.attention import OPERANDS
+from qatkit.nn.functions import FUNCTIONS
 from qatkit.nn.slots import quantizer_of
 
 _Operand = tuple[int, str]
@@ -40,8 +40,8 @@ def read_products(reading: Reading) -> None:
     for call in reading.capture.operators:
         if call.module is not None or all(value.constant for value in call.inputs):
             continue
-        if call.name == "scaled_dot_product_attention":
-            _attention(reading, call)
+        if call.name in FUNCTIONS and not any(value.constant for value in _read(call)):
+            _function(reading, call)
         elif call.kind in reading.backend.weighted:
             _product(reading, call)
         elif call.kind == "Attention":
@@ -129,20 +129,28 @@ def _output_axis(reading: Reading, call: Call, value: Value, *, right: bool) -> 
     return rank - 1 if right else rank - 2
 
 
-def _attention(reading: Reading, call: Call) -> None:
-    """F13: a module with both products takes the place of the function."""
+def _read(call: Call) -> list[Value]:
+    """Return what a function multiplies, without masks."""
+    return call.inputs[:2] if call.name == "einsum" else call.inputs[:3]
+
+
+def _function(reading: Reading, call: Call) -> None:
+    """F13: a module takes the place of the function, with a quantizer for each factor inside."""
     path = function_path(call)
+    if call.name == "einsum" and len(call.inputs) != 2:
+        reading.skip(path, "einsum does not have two factors")
+        return
     if _cannot_rewrite(reading, call):
         return
     plans = []
-    for group in OPERANDS:
+    for group in FUNCTIONS[call.name].operands:
         paths = [join_path(path, name) for name in group]
         specs = [reading.config.spec(one, "activation") for one in paths]
         if None in specs:
             reading.skip(path, "disabled by a rule")
             return
         plans += [
-            QuantizerPlan(one, (), "activation", spec, "F13: operand of attention")
+            QuantizerPlan(one, (), "activation", spec, f"F13: factor inside {call.name}")
             for one, spec in zip(paths, specs, strict=True)
             if spec is not None
         ]

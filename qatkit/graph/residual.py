@@ -8,7 +8,14 @@ from qatkit.backend import Backend
 from qatkit.graph.capture import Call, Value
 
 _CONVOLUTIONS = ("Conv", "ConvTranspose")
-_TRANSPARENT = ("BatchNormalization", "Identity", "Mul", "Add", "Reshape", "Transpose", "Flatten")
+_TRANSPARENT = frozenset(
+    {
+        "BatchNormalization",
+        "Mul",
+        "Add",
+        *("Identity", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Slice"),
+    }
+)
 """Between a layer and the add behind it, as long as everything else that they read is constant."""
 
 
@@ -70,7 +77,7 @@ def branch_end(value: Value, quantized: set[Call]) -> Call | None:
         call = value.producer
         if call in quantized:
             return call
-        data = [source for source in call.inputs if not source.constant]
+        data = [source for source in call.data if not source.constant]
         if call.kind not in _TRANSPARENT or len(data) != 1:
             return None
         value = data[0]

@@ -27,7 +27,7 @@ def find_groups(
     for call in capture.operators:
         if call.kind not in backend.copies or (call.kind == "Concat" and not share_concat):
             continue
-        moved = [value for value in (*call.inputs, *call.results) if not value.constant]
+        moved = [value for value in (*call.data, *call.results) if not value.constant]
         for value in moved[1:]:
             sets.union(moved[0], value)
     members: dict[Value, list[str]] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -61,6 +61,8 @@ class ScaledDotProductAttention(nn.Module):
 
     It takes the arguments of the function; the scores are computed with ``torch.matmul``.
     """
+
+    operands: ClassVar[tuple[tuple[str, ...], ...]] = OPERANDS
 
     def forward(
         self,

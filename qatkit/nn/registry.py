@@ -54,7 +54,7 @@ def quantized_class(kind: type[nn.Module]) -> type[nn.Module] | None:
 
     >>> class Named(nn.Conv2d):
     ...     label = "stem"
-    >>> quantized_class(Named).__mro__[1].__name__, quantized_class(Named).label
+    >>> quantized_class(Named).__mro__[2].__name__, quantized_class(Named).label
     ('QuantConv2d', 'stem')
     >>> class Scaled(nn.Conv2d):
     ...     def forward(self, input): return 2 * super().forward(input)
