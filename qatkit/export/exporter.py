@@ -16,6 +16,7 @@ from qatkit.export.constants import fold_constants
 from qatkit.export.inputs import to_cpu_float32
 from qatkit.export.lint import lint_onnx
 from qatkit.export.lowering import lower
+from qatkit.export.pads import absorb_pads
 from qatkit.export.qdq import insert_qdq
 from qatkit.export.report import ExportReport
 from qatkit.export.trace import too_large, trace
@@ -129,6 +130,7 @@ def _finish(proto: ModelProto, opset: int) -> bytes:
 
     remove_identities(proto.graph)
     batch_norm_to_affine(proto)
+    absorb_pads(proto.graph)
     remove_unused(proto.graph)
     versions = {entry.domain: entry.version for entry in proto.opset_import}
     if versions.get("") != opset:

@@ -38,7 +38,7 @@ def read_pools(reading: Reading) -> None:
     for call in reversed(reading.capture.operators):
         if not _is_pool(reading, call):
             continue
-        where = call.name if call.module is not None else function_path(call)
+        where = function_path(call)
         reason = f"F7: {call.kind} between quantized layers"
         if not any(reading.is_read(value) for value in call.results):
             reading.skip(where, f"F7: {call.kind} without a quantized layer behind it")

@@ -44,6 +44,7 @@ _COMPUTES = {
         "batch_norm batch_norm1d batch_norm2d batch_norm3d sync_batch_norm frozen_batch_norm2d"
     ),
     "LayerNormalization": "layer_norm",
+    "Pad": "pad zeropad1d zeropad2d zeropad3d constantpad1d constantpad2d constantpad3d",
     "Add": "add",
     "Mul": "mul multiply",
     "AveragePool": (

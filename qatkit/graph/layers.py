@@ -11,6 +11,7 @@ from torch import nn
 from qatkit.config import Role
 from qatkit.graph.capture import Call, Value
 from qatkit.graph.kinds import kind_of, module_name
+from qatkit.graph.padding import pad_before
 from qatkit.graph.plan import QuantizerPlan, join_path
 from qatkit.graph.readers import Reader, Reading
 from qatkit.graph.structure import unflatten
@@ -130,9 +131,17 @@ class _Layer:
         path = join_path(self._path, name)
         assert spec is not None
         reason = f"F1: input of {self._kind}{self._edge}"
-        if len(found) == len(self._calls):
-            calls = tuple(self._calls)
+        if len(found) != len(self._calls):
+            return
+        calls = tuple(self._calls)
+        pads = [pad_before(*pair, self._reading.levels) for pair in zip(calls, found, strict=True)]
+        if None in pads:
             self._reading.read(Reader(self._path, path, calls, found, spec, reason, is_layer=True))
+            return
+        for pad in pads:
+            assert pad is not None
+            reason = f"F1, F18: input of {self._kind} behind a padding{self._edge}"
+            self._reading.read(Reader(self._path, path, (pad,), (pad.inputs[0],), spec, reason))
 
     def _weight(self, child: str, name: str, module: nn.Module) -> QuantizerPlan | None:
         path = join_path(join_path(self._path, child) if child else self._path, quantizer_of(name))

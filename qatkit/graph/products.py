@@ -11,6 +11,7 @@ from typing import Any
 from qatkit.graph.capture import Call, Value
 from qatkit.graph.layers import has_own_forward, own_forward
 from qatkit.graph.levels import name_of
+from qatkit.graph.padding import pad_before
 from qatkit.graph.plan import QuantizerPlan, join_path
 from qatkit.graph.readers import Reader, Reading, function_path, quantizer_path
 from qatkit.graph.structure import unflatten
@@ -104,6 +105,9 @@ def _factor(reading: Reading, call: Call, value: Value, *, right: bool) -> Reade
         if spec is None:
             reading.skip(path, "disabled by a rule")
             return None
+        pad = pad_before(call, value, reading.levels)
+        if pad is not None:
+            call, value = pad, pad.inputs[0]
         return Reader(block, path, (call,), (value,), spec, reason, alone=rule == "F13")
     inside = value.name.startswith(f"{block}." if block else "")
     path = quantizer_of(value.name) if value.name and inside else quantizer_path(call, value)

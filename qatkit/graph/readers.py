@@ -42,6 +42,11 @@ class Reader:
     role: Role = "activation"
     alone: bool = False
 
+    @property
+    def relieves(self) -> bool:
+        """Whether the input quantizer of the layer `path` is the one, wherever it is called."""
+        return self.quantizer == join_path(self.path, "input_quantizer")
+
 
 @dataclass(eq=False)
 class Reading:
@@ -81,7 +86,7 @@ class Reading:
     def read(self, reader: Reader) -> None:
         """Add a reader, or further calls of one."""
         call = reader.calls[0]
-        key = (reader.quantizer, call.name if reader.is_layer else function_path(call))
+        key = (reader.quantizer, function_path(call))
         known = self._readers.get(key)
         if known is not None:
             reader = replace(
@@ -123,9 +128,12 @@ class Reading:
 
 
 def function_path(call: Call) -> str:
-    """Return a path for a function call: its block and its name, numbered from the second use."""
+    """Return the path of a module's call, or the block of a function and its name.
+
+    The second use of a function in a block has a number.
+    """
     parent = call.parent
-    if parent is None:
+    if parent is None or call.module is not None:
         return call.name
     same = [c for c in parent.children if c.module is None and c.name == call.name]
     number = next(i for i, c in enumerate(same) if c is call)

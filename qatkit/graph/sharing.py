@@ -13,7 +13,7 @@ from torch import fx
 from qatkit.graph.capture import Call, Value
 from qatkit.graph.level import Level, LevelError, signature
 from qatkit.graph.levels import name_of
-from qatkit.graph.plan import BlockPlan, QuantizerPlan, Replacement, Site, Skip, join_path
+from qatkit.graph.plan import BlockPlan, QuantizerPlan, Replacement, Site, Skip
 from qatkit.graph.readers import Reader, Reading
 from qatkit.nn.slots import quantizer_of
 
@@ -79,7 +79,7 @@ class _Sharer:
         served: list[Reader] = []
         if len({reader.calls for reader in group}) > 1:
             served = self._serve(group, _common_block(group), owner.quantizer)
-        paths = [reader.quantizer for reader in layers]
+        paths = [reader.quantizer for reader in group if reader.is_layer or reader.relieves]
         for reader in group:
             if reader in served or reader in layers:
                 continue
@@ -128,7 +128,7 @@ class _Sharer:
             return []
         site = Site(_inside(block, quantizer), source, pairs)
         self._sites.setdefault(block.name, []).append(site)
-        self._result.relieved.update(reader.path for reader in served if reader.is_layer)
+        self._result.relieved.update(reader.path for reader in served if reader.relieves)
         return list(served)
 
     def _replace(self, path: str, calls: list[Call]) -> None:
@@ -181,7 +181,7 @@ def _uses(
     """Return the reads of ``value`` in a block that want it quantized, and how often each reads."""
     reader_of: dict[Call, Reader] = {}
     for reader in group:
-        if not reader.is_layer or reader.quantizer == join_path(reader.path, "input_quantizer"):
+        if not reader.is_layer or reader.relieves:
             reader_of |= dict.fromkeys(reader.calls, reader)
     uses: list[tuple[fx.Node, fx.Node]] = []
     served: Counter[Reader] = Counter()
