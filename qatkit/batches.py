@@ -14,6 +14,7 @@ from qatkit.errors import QatkitTypeError
 from qatkit.graph.level import float_class
 from qatkit.graph.rewrite import RewrittenBlock
 from qatkit.graph.structure import map_tensors, tensors
+from qatkit.prepare import plan_of
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
@@ -27,7 +28,8 @@ class BatchReader:
     ==================  ==========================================================================
     tensor              the tensor
     tuple or list       its first n items, n being the number of arguments that forward requires
-                        (1 if its signature does not tell); the rest are targets
+                        (1 if its signature does not tell), or more if the example inputs of
+                        `qatkit.prepare` were more; the rest are targets
     dict                the items whose keys are names of forward's arguments
     ==================  ==========================================================================
 
@@ -45,6 +47,8 @@ class BatchReader:
         parameters = _parameters(model)
         positional = [p for p in parameters if p.kind in _POSITIONAL]
         self._arity = max(1, sum(p.default is p.empty for p in positional))
+        plan = plan_of(model)
+        self._most = max(self._arity, 0 if plan is None else plan.arguments)
         self._names = [p.name for p in parameters if p.kind in _NAMED]
         self._order = [p.name for p in positional]
         self._positional = _form(model)
@@ -78,7 +82,7 @@ class BatchReader:
                 f"batch {index} is a {_describe(batch)}, {self._name}.forward takes "
                 f"{self._arity} ({', '.join(self._required)}); yield tuples with all of them"
             )
-        return tuple(batch[: self._arity]), {}
+        return tuple(batch[: self._most]), {}
 
     def _in_form(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -47,6 +47,7 @@ def place(capture: Capture, config: QuantConfig) -> Plan:
         tuple(sharing.blocks),
         _same_grid(groups, quantizers),
         (*reading.skipped, *sharing.skipped),
+        len(capture.root.template[1]) - 1,
     )
 
 

@@ -134,6 +134,7 @@ class Plan:
         blocks: blocks to rewrite.
         groups: paths of quantizers that share a scale.
         skipped: what stays float and why.
+        arguments: how many positional arguments the example inputs were.
     """
 
     config: QuantConfig
@@ -142,6 +143,7 @@ class Plan:
     blocks: tuple[BlockPlan, ...]
     groups: tuple[tuple[str, ...], ...]
     skipped: tuple[Skip, ...]
+    arguments: int = 1
 
     def __str__(self) -> str:
         """Return two tables: what is quantized, what is not, each line with its reason."""
@@ -176,6 +178,7 @@ class Plan:
             blocks=tuple(_block_from_dict(block) for block in fields["blocks"]),
             groups=tuple(tuple(group) for group in fields["groups"]),
             skipped=tuple(Skip(**skip) for skip in fields["skipped"]),
+            arguments=int(fields.get("arguments", 1)),
         )
 
 
