@@ -6,9 +6,9 @@ import dataclasses
 import fnmatch
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from qatkit.backend import Backend, get_backend
+from qatkit.backend import Backend, ResidualPolicy, get_backend
 from qatkit.errors import QatkitError, QatkitTypeError
 from qatkit.spec import QuantSpec, suggest
 
@@ -101,6 +101,9 @@ class QuantConfig:
         share_concat_scales: one scale for all inputs of a concatenation (F9).
         first_last_bits: width of the first and the last weighted layer, ``None`` for no exception
             (F16).
+        residual: which operand of an addition behind a convolution is quantized: ``"skip"``,
+            ``"both"`` or ``"none"``; ``None`` for what the backend fuses (F6).
+        transformer_residual: the same for an addition behind a linear layer or attention (F6c).
 
     Raises:
         QatkitError: the backend is unknown or cannot run such a spec.
@@ -117,6 +120,8 @@ class QuantConfig:
     fold_batch_norm: bool = True
     share_concat_scales: bool = True
     first_last_bits: int | None = None
+    residual: ResidualPolicy | None = None
+    transformer_residual: ResidualPolicy | None = None
 
     def __post_init__(self) -> None:
         """Check the fields against each other and against the backend."""
@@ -128,6 +133,12 @@ class QuantConfig:
                 )
         if self.first_last_bits is not None:
             self.weight.replace(num_bits=self.first_last_bits)
+        for name in ("residual", "transformer_residual"):
+            if getattr(self, name) not in (None, *get_args(ResidualPolicy)):
+                raise QatkitError(
+                    f"QuantConfig({name}={getattr(self, name)!r}): "
+                    "give 'skip', 'both', 'none', or None for what the backend fuses"
+                )
         backend = get_backend(self.backend)
         for spec, where in self._specs():
             _check_backend(spec, where, backend)

@@ -95,6 +95,8 @@ CONFIGS: list[tuple[dict[str, Any], type[QatkitError], str]] = [
     ({"weight": 8}, QatkitTypeError, r"QuantConfig\(weight=8\): give a QuantSpec"),
     ({"activation": None}, QatkitTypeError, "give a QuantSpec"),
     ({"first_last_bits": 1}, QatkitError, "num_bits=1"),
+    ({"residual": "left"}, QatkitError, "residual='left'"),
+    ({"transformer_residual": 1}, QatkitError, "transformer_residual=1"),
     ({"activation": QuantSpec(symmetric=False)}, QatkitError, "needs zero points"),
     ({"activation": QuantSpec(signed=False)}, QatkitError, "use signed=True"),
     ({"activation": QuantSpec(axis=1)}, QatkitError, "use axis=None"),

@@ -72,7 +72,12 @@ SHAPED_LIKE = frozenset({"view_as", "reshape_as", "expand_as"})
 _OPERATORS = {
     prefix + name: name
     for prefix in ("i", "r")
-    for name in ("add", "sub", "mul", "truediv", "matmul", "floordiv")
+    for name in ("add", "sub", "mul", "matmul", "floordiv", "pow")
+} | {
+    **dict.fromkeys(("truediv", "itruediv", "rtruediv", "rdiv", "true_divide", "divide"), "div"),
+    **dict.fromkeys(("mod", "imod", "rmod", "remainder"), "remainder"),
+    "multiply": "mul",
+    "subtract": "sub",
 }
 _MODULES = {
     "Conv1d": "conv1d",
@@ -136,7 +141,7 @@ def function_name(function: Any) -> str:
     if name.startswith("__") or not isinstance(function, str):
         bare = name.strip("_")
         return _OPERATORS.get(bare, bare)
-    return str(name).rstrip("_")
+    return _OPERATORS.get(name.rstrip("_"), name.rstrip("_"))
 
 
 def module_name(module: nn.Module) -> str:

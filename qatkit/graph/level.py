@@ -210,7 +210,8 @@ class _Matcher:
         raise LevelError(f"torch.fx and the recorded run disagree at its module {node.target!r}")
 
     def _function(self, node: fx.Node) -> None:
-        name = function_name(node.target)
+        attribute = node.target is getattr
+        name = str(node.args[1]) if attribute else function_name(node.target)
         source: Any = node.args[0] if node.args else None
         if node.target is of_form:
             self._values[node] = self._values[source]

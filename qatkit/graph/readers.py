@@ -7,6 +7,7 @@ The rules of the backend are applied to a recorded run: `qatkit.graph.layers` to
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from qatkit.backend import Backend, get_backend
 from qatkit.config import QuantConfig, Role
@@ -73,10 +74,15 @@ class Reading:
     skipped: list[Skip] = field(default_factory=list)
     _readers: dict[tuple[str, str], Reader] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def backend(self) -> Backend:
-        """The engine that the model is prepared for."""
-        return get_backend(self.config.backend)
+        """The engine that the model is prepared for, with the policies of the config."""
+        backend = get_backend(self.config.backend)
+        return replace(
+            backend,
+            residual=self.config.residual or backend.residual,
+            transformer_residual=self.config.transformer_residual or backend.transformer_residual,
+        )
 
     @property
     def readers(self) -> list[Reader]:
@@ -98,13 +104,22 @@ class Reading:
 
     def read_by_function(self, call: Call, value: Value, reason: str, path: str = "") -> None:
         """Let a function read one of its inputs through an activation quantizer at ``path``."""
-        path = path or quantizer_path(call, value)
+        path = path or self._free_path(call, value)
         spec = self.config.spec(path, "activation")
         if spec is None:
             self.skip(path, "disabled by a rule")
         else:
             block = call.parent.name if call.parent is not None else ""
             self.read(Reader(block, path, (call,), (value,), spec, reason))
+
+    def _free_path(self, call: Call, value: Value) -> str:
+        """Return a path for a quantizer of ``call`` that none of its other operands has."""
+        path = quantizer_path(call, value)
+        taken = self._readers.get((path, function_path(call)))
+        if taken is None or call not in taken.calls:
+            return path
+        stem = path.removesuffix("_quantizer")
+        return f"{stem}_input_{call.inputs.index(value)}_quantizer"
 
     def is_read(self, value: Value) -> bool:
         """Tell whether a quantizer reads ``value``, at once or behind operators that only copy."""

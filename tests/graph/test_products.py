@@ -288,3 +288,15 @@ def test_sizes_among_the_arguments_stay_open(tmp_path):
     with qatkit.disable_quantization(model.eval()):
         torch.testing.assert_close(model(wide), expected)
     exported(model, wide, tmp_path / "a.onnx")
+
+
+@pytest.mark.parametrize(("policy", "count"), [(None, 1), ("skip", 1), ("both", 2), ("none", 0)])
+def test_the_residual_policy_is_a_switch(policy, count, tmp_path):
+    model = nn.Sequential(nn.Linear(16, 16), Attention("matmul"), nn.Linear(16, 4)).eval()
+    qatkit.prepare(model, TOKENS, QuantConfig(transformer_residual=policy))
+    graph = exported(model, TOKENS, tmp_path / "a.onnx")
+    made = {out for node in graph.node for out in node.output if node.op_type == "DequantizeLinear"}
+    constants = {tensor.name for tensor in graph.initializer}
+    adds = [node.input for node in graph.node if node.op_type == "Add"]
+    (join,) = [inputs for inputs in adds if not set(inputs) & constants]
+    assert len(set(join) & made) == count
