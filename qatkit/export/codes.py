@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +14,9 @@ from qatkit.export.verify_report import QuantizerCheck
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
+
+_PART = 1 << 20
+"""Numbers compared at a time."""
 
 
 class Constants:
@@ -63,11 +67,14 @@ def compare_codes(
             f"{name}: is {found.shape} in the file and {expected.shape} in the model; "
             "verify with the model it was exported from"
         )
-    result = np.nan_to_num(_dequantized(dq, found, constants) / step.astype(np.float64), nan=1e9)
-    wide = expected.astype(np.int64)
-    gap = np.maximum(np.abs(found - wide), np.abs(np.rint(np.clip(result, -1e9, 1e9)) - wide))
-    largest = int(gap.max(initial=0))
-    return QuantizerCheck(name, int(gap.size), int(np.count_nonzero(gap)), largest)
+    grid = (_spread(constants[name], dq, found) for name in dq.input[1:])
+    step, scale, zero = (np.broadcast_to(each, found.shape) for each in (step, *grid))
+    differing = largest = 0
+    for part in _parts(found):
+        gap = _gap(*(array[part] for array in (found, expected, step, scale, zero)))
+        differing += int(np.count_nonzero(gap))
+        largest = max(largest, int(gap.max(initial=0)))
+    return QuantizerCheck(name, int(found.size), differing, largest)
 
 
 def quantized(q: NodeProto, constants: Constants) -> Array:
@@ -77,9 +84,22 @@ def quantized(q: NodeProto, constants: Constants) -> Array:
     return np.clip(codes, -128, 127).astype(np.int8)
 
 
-def _dequantized(dq: NodeProto, codes: Array, constants: Constants) -> Array:
-    scale, zero = (_spread(constants[name], dq, codes) for name in dq.input[1:])
-    return (codes.astype(np.float64) - zero) * scale
+def _gap(found: Array, expected: Array, step: Array, scale: Array, zero: Array) -> Array:
+    """Return by how many steps codes, or what a DequantizeLinear makes of them, are off."""
+    result = (found.astype(np.float64) - zero) * scale / step.astype(np.float64)
+    wide = expected.astype(np.int64)
+    steps = np.rint(np.clip(np.nan_to_num(result, nan=1e9), -1e9, 1e9))
+    return np.maximum(np.abs(found - wide), np.abs(steps - wide))
+
+
+def _parts(array: Array) -> Iterator[Any]:
+    """Yield indices that split an array along its first axis: the float64 of a part is small."""
+    if not array.ndim:
+        yield ...
+        return
+    rows = max(1, _PART * len(array) // max(1, array.size))
+    for start in range(0, len(array), rows):
+        yield slice(start, start + rows)
 
 
 def _spread(values: Array, node: Any, data: Array) -> Array:

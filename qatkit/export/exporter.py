@@ -17,6 +17,7 @@ from qatkit.export.inputs import to_cpu_float32
 from qatkit.export.lint import lint_onnx
 from qatkit.export.lowering import lower
 from qatkit.export.pads import absorb_pads
+from qatkit.export.plain_forms import PlainForms
 from qatkit.export.qdq import insert_qdq
 from qatkit.export.report import ExportReport
 from qatkit.export.trace import too_large, trace
@@ -80,7 +81,8 @@ def export_onnx(
     backend = "tensorrt" if prepared is None else prepared.config.backend
     with replacing(path) as temporary:
         lowered = lower(model, args, kwargs)
-        proto = trace(lowered, model, args, kwargs, opset=opset, dynamic_batch=dynamic_batch)
+        with PlainForms(opset):
+            proto = trace(lowered, model, args, kwargs, opset=opset, dynamic_batch=dynamic_batch)
         fold_constants(proto)
         insert_qdq(proto, int8_weights=weights == "int8")
         data = _finish(proto, opset)

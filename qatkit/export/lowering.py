@@ -5,16 +5,16 @@ Its weights are folded, and a marker stands for each quantizer.
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from qatkit.copying import deepcopy
 from qatkit.errors import QatkitError, shorten
 from qatkit.export.marker import Marker
-from qatkit.export.weights import FoldedLayer, fold_layer, quantize_parameter
+from qatkit.export.weights import FoldedLayer, fold_weight
 from qatkit.modes import quantizers
 from qatkit.nn.slots import quantizer_of
 from qatkit.nn.weights import Weight, weights_of
@@ -51,7 +51,7 @@ def lower(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Any = None) -> n
             copied.
     """
     try:
-        lowered = copy.deepcopy(model)
+        lowered = deepcopy(model)
     except Exception as error:
         raise QatkitError(
             f"{type(model).__name__}: cannot be copied for export ({shorten(str(error))}); "
@@ -60,8 +60,8 @@ def lower(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Any = None) -> n
     lowered = lowered.eval().float().cpu()
     _name_quantizers(lowered)
     _observe_computed_weights(lowered, args, kwargs or {})
-    for weight, folded in folded_weights(lowered):
-        _replace_weight(lowered, weight, folded)
+    for weight, norm in quantized_weights(lowered):
+        _replace_weight(lowered, weight, fold_weight(weight, norm))
     _replace_quantizers(lowered)
     return lowered
 
@@ -86,21 +86,19 @@ def _observe_computed_weights(
         quantizer.observe = "never"
 
 
-def folded_weights(model: nn.Module) -> list[tuple[Weight, FoldedLayer]]:
-    """Return each quantized weight of a prepared model, and what is exported for it."""
+def quantized_weights(model: nn.Module) -> list[tuple[Weight, nn.Module | None]]:
+    """Return each quantized weight with the batch norm behind it, ``None`` for none."""
     plan = plan_of(model)
     norms = {} if plan is None else {layer.path: layer.batch_norm for layer in plan.layers}
-    found: list[tuple[Weight, FoldedLayer]] = []
+    found: list[tuple[Weight, nn.Module | None]] = []
     for weight in weights_of(model):
         _check_grid(weight.quantizer)
-        layer = weight.layer
-        if layer is None:
-            found.append((weight, quantize_parameter(weight)))
-            continue
         planned = norms.get(weight.path.rpartition(".")[0])
-        norm = layer.batch_norm if planned is None else model.get_submodule(planned)
+        norm = None if weight.layer is None else weight.layer.batch_norm
+        if weight.layer is not None and planned is not None:
+            norm = model.get_submodule(planned)
         inside = any(norm is other for other in model.modules())
-        found.append((weight, fold_layer(layer, norm if inside else None)))
+        found.append((weight, norm if inside else None))
     return found
 
 

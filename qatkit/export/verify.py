@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,10 +11,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from qatkit.copying import deepcopy
 from qatkit.errors import QatkitError, shorten
 from qatkit.export.codes import Constants, compare_codes, quantized
 from qatkit.export.inputs import to_cpu_float32
-from qatkit.export.lowering import folded_weights
+from qatkit.export.lowering import quantized_weights
 from qatkit.export.onnx_runtime import Array, feeds_of, read_onnx, run_onnx
 from qatkit.export.qdq import SUFFIX_DQ, split_view
 from qatkit.export.teacher_forcing import (
@@ -27,6 +27,7 @@ from qatkit.export.teacher_forcing import (
     watch,
 )
 from qatkit.export.verify_report import QuantizerCheck, VerifyReport
+from qatkit.export.weights import fold_weight
 from qatkit.graph.capture import split_inputs
 from qatkit.graph.structure import tensors
 from qatkit.kernels.portable import along
@@ -57,7 +58,7 @@ def verify_onnx(path: str | os.PathLike[str], model: nn.Module, inputs: Any) -> 
     """
     require_module(model, "verify_onnx")
     proto = read_onnx(path)
-    clone = copy.deepcopy(model).eval().float().cpu()
+    clone = deepcopy(model).eval().float().cpu()
     args, kwargs = split_inputs(inputs)
     args, kwargs = to_cpu_float32(args), to_cpu_float32(kwargs)
     with torch.no_grad(), watch(clone) as seen, _one_line_errors(model):
@@ -104,7 +105,7 @@ def _constants(
 ) -> list[QuantizerCheck]:
     """Compare the codes that an engine gets from each quantized constant with the model's."""
     constants = Constants(proto)
-    weights = {weight.quantizer.name: folded for weight, folded in folded_weights(model)}
+    weights = {pair[0].quantizer.name: pair for pair in quantized_weights(model)}
     quantizes = {q.output[0]: q for q in proto.graph.node if q.op_type == "QuantizeLinear"}
     checks = []
     for node in proto.graph.node:
@@ -116,7 +117,7 @@ def _constants(
             continue
         codes = constants[data] if source is None else quantized(source, constants)
         name, rows, transposed = split_view(node.name.removesuffix(SUFFIX_DQ).partition("#")[0])
-        weight = weights.get(name)
+        weight = fold_weight(*weights[name]) if name in weights else None
         if weight is None or weight.codes is None or weight.scale is None:
             call = call_of(node, seen, path)
             wanted, step = call.codes, np.broadcast_to(call.scale, call.codes.shape)

@@ -86,8 +86,14 @@ def fold_layer(layer: QuantizedWeight, norm: nn.Module | None) -> FoldedLayer:
         return _finish(signed, scale * factor.abs(), layer.output_axis, folded_bias, norm)
 
 
-def quantize_parameter(weight: Weight) -> FoldedLayer:
-    """Put a parameter on its grid: one with a quantizer of its own and no batch norm behind it."""
+def fold_weight(weight: Weight, norm: nn.Module | None) -> FoldedLayer:
+    """Return the integers of a weight, with the batch norm behind its layer folded in.
+
+    Raises:
+        QatkitError: as `fold_layer`.
+    """
+    if weight.layer is not None:
+        return fold_layer(weight.layer, norm)
     with torch.no_grad():
         raw = weight.seen.detach().float()
         if not weight.quantizer.quantize:

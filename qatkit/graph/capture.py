@@ -7,7 +7,6 @@ parameter with the model and has its own buffers.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from qatkit.copying import deepcopy
 from qatkit.errors import QatkitError, shorten
 from qatkit.graph.kinds import SHAPED_LIKE, function_name, is_leaf, kind_of, module_name
 from qatkit.graph.structure import Template, flatten, map_tensors, tensors
@@ -124,7 +124,7 @@ def shadow(model: nn.Module) -> nn.Module:
     """
     memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
     try:
-        return copy.deepcopy(model, memo)
+        return deepcopy(model, memo)
     except Exception as error:
         kind = type(model).__name__
         raise QatkitError(

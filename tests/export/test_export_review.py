@@ -288,3 +288,27 @@ def test_the_conversion_of_attention_of_the_user_is_kept(tmp_path):
             assert "Sin" in nodes
     finally:
         torch.onnx.unregister_custom_op_symbolic(name, 13)
+
+
+class Keeping(nn.Module):
+    """A user's model that keeps a feature map to look at."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)])
+
+    def forward(self, x):
+        self.maps = [x := layer(x).relu() for layer in self.layers]
+        return x
+
+
+def test_a_model_that_keeps_computed_tensors_exports_after_a_training_step(tmp_path):
+    x = torch.randn(2, 3, 8, 8)
+    model = qatkit.prepare(Keeping(), x)
+    qatkit.calibrate(model, [x], progress=False)
+    model.train()(x).sum().backward()
+    kept = model.maps
+    report = qatkit.export_onnx(model, x, tmp_path / "a.onnx")
+    assert report.verify.ok, str(report)
+    assert model.maps is kept
+    assert kept[0].grad_fn is not None
