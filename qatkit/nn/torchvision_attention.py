@@ -18,13 +18,15 @@ from qatkit.nn.registry import quantizes
 from qatkit.nn.slots import Slots
 
 _SWIN = "torchvision.models.swin_transformer"
+_SWIN_3D = "torchvision.models.video.swin_transformer"
 _PRODUCTS = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
 
 
 @quantizes(f"{_SWIN}.ShiftedWindowAttention")
 @quantizes(f"{_SWIN}.ShiftedWindowAttentionV2")
+@quantizes(f"{_SWIN_3D}.ShiftedWindowAttention3d")
 class QuantShiftedWindowAttention(QuantizedComposite):
-    """Attention within shifted windows of (N, H, W, C), dot-product or cosine.
+    """Attention within shifted windows of (N, H, W, C) or (N, T, H, W, C), dot-product or cosine.
 
     The float forward runs as it is; its two projections and its two matrix products get quantized
     operands.

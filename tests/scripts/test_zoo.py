@@ -29,7 +29,7 @@ REPRESENTATIVES = {
     "regnet_y_400mf": 0,
     "shufflenet_v2_x0_5": 0,
     "squeezenet1_1": 0,
-    "swin_t": 48,  # functional attention
+    "swin_t": 0,
 }
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
