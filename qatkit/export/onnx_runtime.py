@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -49,7 +47,6 @@ def feeds_of(proto: ModelProto, given: list[Tensor], path: Any) -> dict[str, Arr
 def run_onnx(proto: ModelProto, feeds: dict[str, Array], path: Any) -> list[Array]:
     """Run a model in ONNX Runtime with graph optimizations off."""
     try:
-        import onnx
         import onnxruntime
     except ImportError:
         raise MissingExtraError("onnxruntime", "onnx") from None
@@ -57,12 +54,9 @@ def run_onnx(proto: ModelProto, feeds: dict[str, Array], path: Any) -> list[Arra
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 3
     try:
-        with tempfile.TemporaryDirectory() as folder:  # a session keeps the bytes it is made from
-            file = Path(folder) / "model.onnx"
-            onnx.save(proto, file)
-            session = onnxruntime.InferenceSession(
-                file, options, providers=["CPUExecutionProvider"]
-            )
+        session = onnxruntime.InferenceSession(
+            proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
         return list(session.run(None, feeds))
     except Exception as error:
         raise QatkitError(

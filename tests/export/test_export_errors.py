@@ -176,7 +176,7 @@ class GridSample(nn.Module):
 
     def forward(self, x):
         grid = x.new_zeros(2, 8, 8, 2)
-        return F.grid_sample(self.f(x), grid, align_corners=False)
+        return F.grid_sample(self.f(x), grid, "bicubic", align_corners=False)
 
 
 class NoSymbol(GridSample):

@@ -11,6 +11,7 @@ from torch import nn
 
 import qatkit
 from qatkit import QatkitError
+from qatkit.export import codes
 
 X = torch.randn(4, 3, 8, 8)
 
@@ -171,3 +172,26 @@ def test_a_layer_that_runs_on_a_copy_too(tmp_path):
     model = qatkit.prepare(Twice(), x)
     qatkit.calibrate(model, [x], progress=False)
     assert qatkit.export_onnx(model, x, tmp_path / "a.onnx", lint=False).verify.ok
+
+
+@pytest.mark.parametrize("shape", [(), (0, 3), (5,), (7, 3, 2)])
+def test_codes_are_compared_in_parts_as_at_once(shape, monkeypatch):
+    from onnx import helper, numpy_helper
+
+    monkeypatch.setattr(codes, "_PART", 4)
+    axis = 1 if len(shape) > 1 else None
+    scale = np.asarray([0.5, 0.25, 2.0] if axis else 0.5, np.float32)
+    names = {"scale": scale, "zero": np.zeros(scale.shape, np.int8)}
+    graph = helper.make_graph([], "g", [], [])
+    graph.initializer.extend(numpy_helper.from_array(one, name) for name, one in names.items())
+    dq = helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["y"], "a", axis=1)
+    rng = np.random.default_rng(0)
+    expected = rng.integers(-128, 128, shape).astype(np.int32)
+    off = rng.integers(-1, 2, shape)
+    found = np.clip(expected + off, -128, 127).astype(np.int8)
+    step = scale.reshape([-1 if d == 1 else 1 for d in range(len(shape))]) if axis else scale
+    given = (np.asarray(one) for one in (found, expected, step))
+    check = codes.compare_codes(dq, *given, codes.Constants(helper.make_model(graph)))
+    gap = np.abs(found.astype(int) - expected)
+    assert check.codes == gap.size
+    assert (check.differing, check.largest_step) == (np.count_nonzero(gap), gap.max(initial=0))
