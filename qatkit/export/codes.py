@@ -61,7 +61,7 @@ def compare_codes(
     Raises:
         QatkitError: the shapes differ.
     """
-    name = dq.name.removesuffix(SUFFIX_DQ).replace(".T", "")
+    name = dq.name.removesuffix(SUFFIX_DQ)
     if expected.shape != found.shape:
         raise QatkitError(
             f"{name}: is {found.shape} in the file and {expected.shape} in the model; "

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 SUFFIX_Q = "/QuantizeLinear"
 SUFFIX_DQ = "/DequantizeLinear"
 _INT8 = (-128, 127)
+_ORDER = "axes of the weight in the order "
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ class _Pass:
         weight = self._to_array(self._constants[marker.input[0]])
         scale = self._to_array(self._constant(marker.input[1]))
         first, last, _ = rows.indices(weight.shape[0])
-        name = name_view(attributes["name"].decode(), (first, last))
+        name = name_rows(attributes["name"].decode(), first, last)
         parts = [weight[rows], scale[rows] if attributes["axis"] == 0 else scale]
         inputs = [f"{name}.raw", f"{name}.step"]
         for part, constant in zip(parts, inputs, strict=True):
@@ -182,12 +183,12 @@ class _Pass:
     def _weight(self, data: str, mark: _Mark, transpose: NodeProto | None) -> str:
         """Emit a constant on its grid, by the arithmetic of `qatkit.functional.fake_quantize`."""
         weight = self._to_array(self._constants[data])
+        order: list[int] = []
         if transpose is not None:
             order = list(_attributes(transpose)["perm"])
             weight = np.ascontiguousarray(weight.transpose(order))
             axis = None if mark.axis is None else order.index(mark.axis)
-            name = name_view(mark.name, transposed=order != sorted(order))
-            mark = _Mark(name, mark.scale, mark.quant_min, mark.quant_max, axis)
+            mark = _Mark(mark.name, mark.scale, mark.quant_min, mark.quant_max, axis)
         base = self._base(mark.name)
         scale, zero = self._grid(base, mark)
         shape = [-1 if d == mark.axis else 1 for d in range(weight.ndim)]
@@ -199,7 +200,10 @@ class _Pass:
         else:
             codes = f"{base}.codes"
             self._add_constant(codes, integers.astype(np.int8))
-        return self._node("DequantizeLinear", [codes, scale, zero], base, mark.axis)
+        result = self._node("DequantizeLinear", [codes, scale, zero], base, mark.axis)
+        if transpose is not None:
+            self._nodes[-1].doc_string = f"{_ORDER}{' '.join(map(str, order))}"
+        return result
 
     def _activation(self, data: str, mark: _Mark) -> str:
         base = self._base(mark.name)
@@ -249,21 +253,26 @@ class _Pass:
         )
 
 
-def name_view(name: str, rows: tuple[int, int] | None = None, *, transposed: bool = False) -> str:
-    """Return what the nodes of a part of a weight, or of its transpose, are called.
+def order_of(dq: NodeProto) -> tuple[int, ...] | None:
+    """Return the order of axes that a weight has in the file, ``None`` for that of the model."""
+    found = dq.doc_string
+    return tuple(map(int, found[len(_ORDER) :].split())) if found.startswith(_ORDER) else None
 
-    >>> split_view(name_view("in_proj_weight_quantizer", (0, 64), transposed=True))
-    ('in_proj_weight_quantizer', slice(0, 64, None), True)
+
+def name_rows(name: str, first: int, last: int) -> str:
+    """Return what the nodes of some rows of a weight are called.
+
+    >>> split_rows(name_rows("in_proj_weight_quantizer", 0, 64))
+    ('in_proj_weight_quantizer', slice(0, 64, None))
     """
-    return name + (f"[{rows[0]}:{rows[1]}]" if rows else "") + (".T" if transposed else "")
+    return f"{name}[{first}:{last}]"
 
 
-def split_view(name: str) -> tuple[str, slice, bool]:
-    """Return the name of a quantizer, the rows of its weight, and whether it is transposed."""
-    transposed = name.endswith(".T")
-    whole, _, rows = name.removesuffix(".T").removesuffix("]").partition("[")
+def split_rows(name: str) -> tuple[str, slice]:
+    """Return the name of a quantizer and the rows of its weight: all, if none are named."""
+    whole, _, rows = name.removesuffix("]").partition("[")
     first, _, last = rows.partition(":")
-    return whole, slice(int(first), int(last)) if rows else slice(None), transposed
+    return whole, slice(int(first), int(last)) if rows else slice(None)
 
 
 def _attributes(node: NodeProto) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from qatkit.errors import QatkitError
 from qatkit.export.codes import Constants, compare_codes
 from qatkit.export.onnx_runtime import Array, run_onnx
-from qatkit.export.qdq import SUFFIX_DQ, split_view
+from qatkit.export.qdq import SUFFIX_DQ, split_rows
 from qatkit.export.verify_report import QuantizerCheck
 from qatkit.kernels.portable import along
 from qatkit.modes import quantizers
@@ -155,7 +155,7 @@ def call_of(dq: NodeProto, seen: dict[str, list[Seen]], path: Any) -> Seen:
 def quantizer_of(dq: NodeProto) -> tuple[str, int]:
     """Return the name of the quantizer that a DequantizeLinear belongs to, and which call it is."""
     name, _, number = dq.name.removesuffix(SUFFIX_DQ).partition("#")
-    return split_view(name)[0], int(number or 0)
+    return split_rows(name)[0], int(number or 0)
 
 
 def _pairs(

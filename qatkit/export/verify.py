@@ -17,7 +17,7 @@ from qatkit.export.codes import Constants, compare_codes, quantized
 from qatkit.export.inputs import to_cpu_float32
 from qatkit.export.lowering import quantized_weights
 from qatkit.export.onnx_runtime import Array, feeds_of, read_onnx, run_onnx
-from qatkit.export.qdq import SUFFIX_DQ, split_view
+from qatkit.export.qdq import SUFFIX_DQ, order_of, split_rows
 from qatkit.export.teacher_forcing import (
     Seen,
     as_in_file,
@@ -74,7 +74,7 @@ def verify_onnx(path: str | os.PathLike[str], model: nn.Module, inputs: Any) -> 
         )
     difference = _Difference(outputs, end_to_end)
     checks = (*forced.checks, *_constants(proto, clone, seen, path))
-    compared = {split_view(check.name.partition("#")[0])[0] for check in checks}
+    compared = {split_rows(check.name.partition("#")[0])[0] for check in checks}
     return VerifyReport(
         quantizers=checks,
         missing=tuple(name for name in seen if name not in compared),
@@ -116,7 +116,7 @@ def _constants(
         if data not in constants:
             continue
         codes = constants[data] if source is None else quantized(source, constants)
-        name, rows, transposed = split_view(node.name.removesuffix(SUFFIX_DQ).partition("#")[0])
+        name, rows = split_rows(node.name.removesuffix(SUFFIX_DQ).partition("#")[0])
         weight = fold_weight(*weights[name]) if name in weights else None
         if weight is None or weight.codes is None or weight.scale is None:
             call = call_of(node, seen, path)
@@ -126,8 +126,9 @@ def _constants(
             spread = along(weight.scale, weight.codes, weight.axis)
             step = torch.as_tensor(spread).expand_as(weight.codes).numpy()
             wanted, step = wanted[rows], step[rows]
-        if transposed:
-            wanted, step = np.swapaxes(wanted, -1, -2), np.swapaxes(step, -1, -2)
+        order = order_of(node)
+        if order is not None:
+            wanted, step = wanted.transpose(order), step.transpose(order)
         checks.append(compare_codes(node, codes, wanted, step, constants))
     return checks
 
