@@ -95,7 +95,9 @@ TENSORRT = Backend(
     transformer_residual="skip",
     unsigned_int8=False,
     zero_point=False,
-    axis_of_weight=MappingProxyType({"Conv": 0, "ConvTranspose": None, "Gemm": 0, "MatMul": 0}),
+    axis_of_weight=MappingProxyType(
+        {"Conv": 0, "ConvTranspose": None, "Gemm": 0, "MatMul": 0, "Embedding": None}
+    ),
 )
 
 BACKENDS: Mapping[str, Backend] = MappingProxyType({TENSORRT.name: TENSORRT})

@@ -128,16 +128,36 @@ class TensorQuantizer(nn.Module):
         low, high = self.range
         return torch.maximum(low.abs(), high.abs())
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return ``x`` on the grid: same shape, dtype and memory format."""
+    def forward(self, x: Tensor, part: Tensor | None = None, at: Tensor | None = None) -> Tensor:
+        """Return ``x`` on the grid: same shape, dtype and memory format.
+
+        Args:
+            x: the tensor.
+            part: (n, *x.shape[1:]) rows of ``x``: they are returned in its place, on its grid.
+            at: (n,) their indices.
+        """
         batch = self._observe(x) if self.observing else None
+        wanted = x if part is None else part
         if not self.quantize:
-            return x
+            return wanted
         chosen = self._range_for(x, batch)
         if chosen is None:  # while observing: nothing but empty or NaN tensors so far
             if not self.observing:
                 warnings.warn(NO_RANGE, stacklevel=2)
-            return x
+            return wanted
+        if at is not None and self.spec.axis == 0:
+            chosen = chosen[0][at], chosen[1][at]
+        return self._on_grid(wanted, chosen)
+
+    def unobserved(self, x: Tensor) -> Tensor:
+        """Return ``x`` on the grid that there is, or as it is while there is none.
+
+        For a part of what the quantizer is going to observe as a whole.
+        """
+        chosen = self._range_for(x, None) if self.quantize else None
+        return x if chosen is None else self._on_grid(x, chosen)
+
+    def _on_grid(self, x: Tensor, chosen: tuple[Tensor, Tensor]) -> Tensor:
         spec = self.spec
         scale, zero_point = qparams(*chosen, spec)
         if self._covers_all:

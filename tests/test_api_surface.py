@@ -20,7 +20,8 @@ SIGNATURES = {
     "observer='shrink', percentile=0.01, power_of_two=False, sigma=3.0, momentum=None, "
     "fixed_range=None, memory='running')",
     "QuantConfig": "(weight=..., activation=..., backend='tensorrt', rules=(), "
-    "fold_batch_norm=True, share_concat_scales=True, first_last_bits=None)",
+    "fold_batch_norm=True, share_concat_scales=True, first_last_bits=None, residual=None, "
+    "transformer_residual=None)",
     "QuantConfig.preset": "(name)",
     "plan": "(model, example_inputs, config=None)",
     "prepare": "(model, example_inputs, config=None)",
@@ -56,6 +57,9 @@ LAYERS = [
     *(f"Conv{n}d" for n in (1, 2, 3)),
     *(f"ConvTranspose{n}d" for n in (1, 2, 3)),
     "Linear",
+    "Embedding",
+    "EmbeddingBag",
+    *(f"{kind}Cell" for kind in ("LSTM", "GRU", "RNN")),
     *(f"{kind}Pool{n}d" for kind in ("Max", "Avg", "AdaptiveAvg") for n in (1, 2, 3)),
 ]
 

@@ -19,6 +19,7 @@ from qatkit.export.qdq import SUFFIX_DQ, split_rows
 from qatkit.export.verify_report import QuantizerCheck
 from qatkit.kernels.portable import along
 from qatkit.modes import quantizers
+from qatkit.nn.weights import weights_of
 from qatkit.quantizer import TensorQuantizer
 
 if TYPE_CHECKING:
@@ -52,14 +53,18 @@ class Forced:
 
 @contextmanager
 def watch(model: nn.Module) -> Iterator[dict[str, list[Seen]]]:
-    """Collect what each quantizer does, in order of its calls."""
+    """Collect what each quantizer does, in order of its calls; of parameters only the name.
+
+    What a layer quantizes of a parameter may be a part of it.
+    """
     seen: dict[str, list[Seen]] = {}
+    weights = {id(weight.quantizer) for weight in weights_of(model)}
     handles = []
 
     def hook(quantizer: nn.Module, given: tuple[Tensor, ...], result: Tensor) -> None:
         assert isinstance(quantizer, TensorQuantizer)
         calls = seen.setdefault(quantizer.name, [])
-        if any(call.source is given[0] for call in calls):
+        if id(quantizer) in weights or any(call.source is given[0] for call in calls):
             return
         scale = torch.as_tensor(along(quantizer.scale, result, quantizer.spec.axis))
         codes = torch.round(result / scale).to(torch.int32)

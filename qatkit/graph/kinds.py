@@ -57,6 +57,12 @@ _COMPUTES = {
         "sigmoid hardsigmoid logsigmoid hardswish tanh hardtanh softplus softsign"
     ),
     "Attention": "multihead_attention scaled_dot_product_attention",
+    "LSTM": "lstm lstm_cell",
+    "GRU": "gru gru_cell",
+    "RNN": "rnn_tanh rnn_relu rnn_tanh_cell rnn_relu_cell",
+    "Embedding": "embedding embedding_bag",
+    "DeformConv": "deform_conv2d",
+    "RoiAlign": "roi_align ps_roi_align roi_pool ps_roi_pool",
 }
 
 KINDS: Mapping[str, str] = {
@@ -95,6 +101,14 @@ _MODULES = {
     "FrozenBatchNorm2d": "frozen_batch_norm2d",
     "LayerNorm": "layer_norm",
     "MultiheadAttention": "multihead_attention",
+    "LSTM": "lstm",
+    "LSTMCell": "lstm_cell",
+    "GRU": "gru",
+    "GRUCell": "gru_cell",
+    "RNN": "rnn_tanh",
+    "RNNCell": "rnn_tanh_cell",
+    "Embedding": "embedding",
+    "EmbeddingBag": "embedding_bag",
     "ReLU": "relu",
     "ReLU6": "relu6",
     "LeakyReLU": "leaky_relu",

@@ -17,7 +17,7 @@ from qatkit.graph.readers import Reader, Reading
 from qatkit.graph.structure import unflatten
 from qatkit.nn.quantized import QuantizedInput
 from qatkit.nn.registry import QUANTIZED, quantized_class, swappable
-from qatkit.nn.slots import Slots, quantizer_of
+from qatkit.nn.slots import SUFFIX, Slots, parameter_of, quantizer_of
 from qatkit.spec import QuantSpec
 
 _NORMS = ("BatchNormalization", "LayerNormalization")
@@ -59,10 +59,21 @@ def own_forward(kind: type[nn.Module]) -> str:
 
 def slots_of(module: nn.Module) -> Slots:
     """Return the quantizers that a float layer is going to have."""
+    quantized = _quantized_input(module)
+    return Slots(inputs={}) if quantized is None or refusal(module) else quantized.slots(module)
+
+
+def refusal(module: nn.Module) -> str:
+    """Return why a float layer that has a quantized class stays float, empty if it does not."""
+    quantized = _quantized_input(module)
+    return "" if quantized is None else quantized.refusal(module)
+
+
+def _quantized_input(module: nn.Module) -> type[QuantizedInput] | None:
     quantized = quantized_class(type(module))
     if quantized is None or not issubclass(quantized, QuantizedInput):
-        return Slots(inputs={})
-    return quantized.slots(module)
+        return None
+    return quantized
 
 
 def _weighted(reading: Reading) -> Iterator[str]:
@@ -110,18 +121,11 @@ class _Layer:
             self._input(name, argument, inputs[name])
         owned = [plan for plan in weights if plan is not None]
         for group in inner:
-            specs = [self._spec(name, "activation") for name in group]
-            if None in specs:
+            plans = [self._inside(name) for name in group]
+            if None in plans:
                 reading.skip(join_path(self._path, group[0]), "disabled by a rule")
                 continue
-            for name, spec in zip(group, specs, strict=True):
-                assert spec is not None
-                reason = (
-                    f"{'F1' if name.endswith('input_quantizer') else 'F13'}: inside {self._kind}"
-                )
-                owned.append(
-                    QuantizerPlan(join_path(self._path, name), (), "activation", spec, reason)
-                )
+            owned += [plan for plan in plans if plan is not None]
         reading.owned[self._path] = owned
 
     def _input(self, name: str, argument: str, spec: QuantSpec | None) -> None:
@@ -142,6 +146,17 @@ class _Layer:
             assert pad is not None
             reason = f"F1, F18: input of {self._kind} behind a padding{self._edge}"
             self._reading.read(Reader(self._path, path, (pad,), (pad.inputs[0],), spec, reason))
+
+    def _inside(self, name: str) -> QuantizerPlan | None:
+        """Return the plan of an operand inside the layer, a tensor or a weight."""
+        if parameter_of(self._module, name) is not None:
+            return self._weight("", name.removesuffix(SUFFIX), self._module)
+        spec = self._spec(name, "activation")
+        if spec is None:
+            return None
+        product = self._kind == "Attention" and not name.endswith("input_quantizer")
+        reason = f"{'F13' if product else 'F1'}: inside {self._kind}"
+        return QuantizerPlan(join_path(self._path, name), (), "activation", spec, reason)
 
     def _weight(self, child: str, name: str, module: nn.Module) -> QuantizerPlan | None:
         path = join_path(join_path(self._path, child) if child else self._path, quantizer_of(name))
@@ -166,6 +181,8 @@ def _argument(call: Call, name: str) -> Value | None:
     parameters = inspect.signature(forward)
     bound: dict[str, Any] = parameters.bind(None, *args, **kwargs).arguments
     value = bound.get(name)
+    if isinstance(value, list) and value:
+        value = value[0]  # the data of a packed sequence
     return value if isinstance(value, Value) else None
 
 
@@ -173,5 +190,7 @@ def _other(reading: Reading, path: str, module: nn.Module, kind: str) -> None:
     """Say why a layer with parameters of its own stays float."""
     if has_own_forward(module):
         reading.skip(path, own_forward(type(module)))
+    elif refusal(module):
+        reading.skip(path, refusal(module))
     elif kind == "Other" and any(True for _ in module.parameters()):
         reading.skip(path, f"no quantized form of this layer ({type(module).__name__})")

@@ -36,6 +36,17 @@ _PRODUCTS: Mapping[str, tuple[_Operand, _Operand]] = {
 """Position and name of the two factors among the arguments of each function."""
 
 
+_FLOAT: Mapping[str, str] = {
+    "Embedding": "{} is given its table; use torch.nn.Embedding",
+    "LSTM": "{} is one function, with products inside; use torch.nn.LSTM",
+    "GRU": "{} is one function, with products inside; use torch.nn.GRU",
+    "RNN": "{} is one function, with products inside; use torch.nn.RNN",
+    "DeformConv": "no quantized form of {}: it interpolates between pixels",
+    "RoiAlign": "no quantized form of {}: it interpolates between pixels",
+}
+"""Why a function of each kind stays float."""
+
+
 def read_products(reading: Reading) -> None:
     """Quantize both factors of every product, and both products of attention."""
     for call in reading.capture.operators:
@@ -47,6 +58,8 @@ def read_products(reading: Reading) -> None:
             _product(reading, call)
         elif call.kind == "Attention":
             reading.skip(function_path(call), f"{call.name} is one function, with products inside")
+        elif call.kind in _FLOAT:
+            _stays_float(reading, call)
 
 
 def _product(reading: Reading, call: Call) -> None:
@@ -66,6 +79,19 @@ def _product(reading: Reading, call: Call) -> None:
     for plan in plans:
         assert plan is not None
         reading.read(plan)
+
+
+def _stays_float(reading: Reading, call: Call) -> None:
+    """Say why a function stays float; a module that is only a wrapper of it stands for it."""
+    parent, reason = call.parent, _FLOAT[call.kind].format(call.name)
+    module = None if parent is None else parent.module
+    if parent is None or module is None or not parent.name:
+        reading.skip(function_path(call), reason)
+    elif has_own_forward(module):
+        reading.skip(parent.name, own_forward(type(module)))
+    else:
+        childless = not any(True for _ in module.children())
+        reading.skip(parent.name if childless else function_path(call), reason)
 
 
 def _cannot_rewrite(reading: Reading, call: Call) -> bool:

@@ -47,7 +47,7 @@ def flatten(
 
 
 def unflatten(template: Template, leaves: Iterator[Any]) -> Any:
-    """Rebuild the value of a template, taking leaves in order.
+    """Rebuild the value of a template, taking leaves in order; an opaque one as a list of items.
 
     >>> unflatten(("tuple", ("tensor",), ("const", 3)), iter(["a tensor"]))
     ('a tensor', 3)
@@ -59,7 +59,7 @@ def unflatten(template: Template, leaves: Iterator[Any]) -> Any:
         return rest[0]
     if kind == "dict":
         return {key: unflatten(item, leaves) for key, item in rest}
-    items = [unflatten(item, leaves) for item in rest]
+    items = [unflatten(item, leaves) for item in (rest[1:] if kind == "opaque" else rest)]
     return tuple(items) if kind == "tuple" else items
 
 

@@ -7,6 +7,7 @@ from qatkit.nn.conv_transpose import (
     QuantConvTranspose2d,
     QuantConvTranspose3d,
 )
+from qatkit.nn.embedding import QuantEmbedding, QuantEmbeddingBag
 from qatkit.nn.linear import QuantLinear
 from qatkit.nn.pooling import (
     QuantAdaptiveAvgPool1d,
@@ -19,6 +20,8 @@ from qatkit.nn.pooling import (
     QuantMaxPool2d,
     QuantMaxPool3d,
 )
+from qatkit.nn.rnn import QuantGRU, QuantLSTM, QuantRNN
+from qatkit.nn.rnn_cell import QuantGRUCell, QuantLSTMCell, QuantRNNCell
 from qatkit.nn.torchvision_attention import QuantShiftedWindowAttention
 from qatkit.quantizer import TensorQuantizer
 
@@ -35,11 +38,19 @@ __all__ = [
     "QuantConvTranspose1d",
     "QuantConvTranspose2d",
     "QuantConvTranspose3d",
+    "QuantEmbedding",
+    "QuantEmbeddingBag",
+    "QuantGRU",
+    "QuantGRUCell",
+    "QuantLSTM",
+    "QuantLSTMCell",
     "QuantLinear",
     "QuantMaxPool1d",
     "QuantMaxPool2d",
     "QuantMaxPool3d",
     "QuantMultiheadAttention",
+    "QuantRNN",
+    "QuantRNNCell",
     "QuantShiftedWindowAttention",
     "TensorQuantizer",
 ]

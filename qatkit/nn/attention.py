@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from qatkit.nn.quantized import QuantizedComposite
 from qatkit.nn.registry import quantizes
-from qatkit.nn.slots import Slots, quantizer_of
+from qatkit.nn.slots import Slots
 
 OPERANDS = (
     ("q_bmm_quantizer", "k_bmm_quantizer"),
@@ -180,17 +180,15 @@ class QuantMultiheadAttention(QuantizedComposite, nn.MultiheadAttention):
         size, bias = self.embed_dim, self.in_proj_bias
         if self.in_proj_weight is None:
             sources = zip("qkv", (q, k, v), _thirds(bias, size), strict=True)
-            return tuple(F.linear(x, self._weight(f"{n}_proj_weight"), b) for n, x, b in sources)
-        weight = self._weight("in_proj_weight")
+            return tuple(
+                F.linear(x, self.quantized_parameter(f"{n}_proj_weight"), b) for n, x, b in sources
+            )
+        weight = self.quantized_parameter("in_proj_weight")
         if q is k and k is v:
             return F.linear(q, weight, bias).chunk(3, dim=-1)
         rows = (weight[:size], weight[size : 2 * size], weight[2 * size :])
         parts = zip((q, k, v), rows, _thirds(bias, size), strict=True)
         return tuple(F.linear(x, w, b) for x, w, b in parts)
-
-    def _weight(self, name: str) -> Tensor:
-        quantized: Tensor = self.get_submodule(quantizer_of(name))(getattr(self, name))
-        return quantized
 
     def _extended(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append the learned key and value, and a zero one, to (S, N, E)."""

@@ -10,7 +10,7 @@ from qatkit.config import ACTIVATION, WEIGHT
 from qatkit.errors import QatkitError, QatkitTypeError
 from qatkit.functional import fold_scale
 from qatkit.nn.registry import swap
-from qatkit.nn.slots import Slots, quantizer_of
+from qatkit.nn.slots import Slots, parameter_of, quantizer_of
 from qatkit.quantizer import TensorQuantizer
 from qatkit.spec import QuantSpec
 
@@ -32,6 +32,11 @@ class QuantizedInput(nn.Module):
         """Return the quantizers that the float layer ``layer`` is going to have."""
         return Slots()
 
+    @classmethod
+    def refusal(cls, layer: nn.Module) -> str:
+        """Return why the float layer ``layer`` cannot be swapped, empty if it can."""
+        return ""
+
     def __init__(self, *args: Any, input_spec: QuantSpec | None = None, **kwargs: Any) -> None:
         """Make the float layer from its own arguments, then add the quantizer.
 
@@ -41,7 +46,9 @@ class QuantizedInput(nn.Module):
             **kwargs: arguments of the float layer.
         """
         super().__init__(*args, **kwargs)
-        self.attach_input(TensorQuantizer(_spec(input_spec, ACTIVATION, "input_spec")))
+        spec = _spec(input_spec, ACTIVATION, "input_spec")
+        if "input_quantizer" in type(self).slots(self).inputs:
+            self.attach_input(TensorQuantizer(spec))
 
     def attach_input(self, quantizer: TensorQuantizer) -> None:
         """Use ``quantizer`` for the input."""
@@ -164,7 +171,13 @@ class QuantizedComposite(QuantizedInput):
     """A layer that is more than one operator, with a quantizer for each of its `slots`.
 
     Its forward calls them by name. Where one is switched off in the config, an identity stands.
+
+    Attributes:
+        default_axis: axis of the output channels in the parameters if they are quantized per
+            channel, else ``None``.
     """
+
+    default_axis: ClassVar[int | None] = 0
 
     def __init__(
         self,
@@ -182,20 +195,28 @@ class QuantizedComposite(QuantizedInput):
             **kwargs: arguments of the float layer.
         """
         super().__init__(*args, input_spec=input_spec, **kwargs)
-        weight = _spec(weight_spec, WEIGHT, "weight_spec")
+        default = WEIGHT.replace(axis=self.default_axis)
+        weight = _spec(weight_spec, default, "weight_spec")
         activation = _spec(input_spec, ACTIVATION, "input_spec")
         slots = type(self).slots(self)
         device = next(self.parameters()).device
-        for name in (*slots.inputs, *(name for group in slots.inner for name in group)):
-            self.add_module(name, TensorQuantizer(activation, device=device))
-        for name in slots.parameters:
-            quantizer = weight_quantizer_for(getattr(self, name), weight)
-            self.add_module(quantizer_of(name), quantizer)
+        inner = (name for group in slots.inner for name in group)
+        for name in (*slots.inputs, *map(quantizer_of, slots.parameters), *inner):
+            parameter = parameter_of(self, name)
+            if parameter is None:
+                self.add_module(name, TensorQuantizer(activation, device=device))
+            else:
+                self.add_module(name, weight_quantizer_for(parameter, weight))
         for name in slots.layers:
             layer: Any = self.get_submodule(name)
             swap(layer)
             layer.attach_input(TensorQuantizer(activation, device=device))
             layer.attach_weight(weight)
+
+    def quantized_parameter(self, name: str) -> Tensor:
+        """Return a parameter as the layer computes with it."""
+        quantized: Tensor = self.get_submodule(quantizer_of(name))(getattr(self, name))
+        return quantized
 
 
 def weight_quantizer_for(parameter: Tensor, spec: QuantSpec) -> TensorQuantizer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar
@@ -20,7 +21,8 @@ _DERIVED: dict[type[nn.Module], type[nn.Module]] = {}
 
 _HARMLESS = frozenset({"__init__", "__new__", "extra_repr", "reset_parameters"})
 """What a subclass may define without computing something else."""
-_PARAMETERS = ("weight", "bias")
+_PARAMETERS = re.compile(r"(weight|bias)(_[ih][hr]\w*)?")
+"""Names of parameters: a class attribute of such a name computes one."""
 
 
 def quantizes(float_class: type[nn.Module] | str) -> Callable[[Layer], Layer]:
@@ -39,7 +41,8 @@ def quantizes(float_class: type[nn.Module] | str) -> Callable[[Layer], Layer]:
         floats = inspect.signature(float_class)
         own = inspect.signature(layer.__init__).parameters.values()
         extra = [parameter for parameter in own if parameter.kind is parameter.KEYWORD_ONLY]
-        parameters = [*floats.parameters.values(), *extra]
+        every = [*floats.parameters.values(), *extra]
+        parameters = sorted(every, key=lambda parameter: parameter.kind)  # **kwargs comes last
         shown: Any = layer
         shown.__signature__ = floats.replace(parameters=parameters)
         return layer
@@ -114,7 +117,9 @@ def _inherited(kind: type[nn.Module]) -> type[nn.Module] | None:
     own: set[str] = set()
     for ancestor in kind.__mro__:
         if ancestor in _QUANTIZED:
-            changed = {name for name in own if hasattr(ancestor, name) or name in _PARAMETERS}
+            changed = {
+                name for name in own if hasattr(ancestor, name) or _PARAMETERS.fullmatch(name)
+            }
             return None if changed else _QUANTIZED[ancestor]
         own |= {name for name, value in vars(ancestor).items() if _computes(name, value)}
     return None
@@ -123,4 +128,5 @@ def _inherited(kind: type[nn.Module]) -> type[nn.Module] | None:
 def _computes(name: str, value: Any) -> bool:
     if name in _HARMLESS or (name.startswith("__") and name not in ("__call__", "__getattr__")):
         return False
-    return callable(value) or hasattr(value, "__get__") or name in _PARAMETERS
+    computes = callable(value) or hasattr(value, "__get__")
+    return computes or _PARAMETERS.fullmatch(name) is not None

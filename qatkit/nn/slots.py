@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+from torch import Tensor, nn
+
 SUFFIX = "_quantizer"
 
 
@@ -18,6 +20,19 @@ def quantizer_of(parameter: str) -> str:
     return parameter + SUFFIX
 
 
+def parameter_of(owner: nn.Module, quantizer: str) -> Tensor | None:
+    """Return the parameter of ``owner`` that a quantizer of this name reads, ``None`` for none.
+
+    >>> parameter_of(nn.Linear(2, 3), "weight_quantizer").shape
+    torch.Size([3, 2])
+    >>> parameter_of(nn.Linear(2, 3), "input_quantizer") is None
+    True
+    """
+    name = quantizer.removesuffix(SUFFIX)
+    found = None if name == quantizer else getattr(owner, name, None)
+    return found if isinstance(found, Tensor) else None
+
+
 @dataclass(frozen=True)
 class Slots:
     """The quantizers of one layer, by the names that they have in it.
@@ -25,9 +40,9 @@ class Slots:
     Attributes:
         inputs: the argument of ``forward`` that each input quantizer reads.
         parameters: parameters with a quantizer of their own (`quantizer_of`), output channels
-            first.
+            first; without them the layer is not swapped.
         inner: quantizers of tensors that only exist inside the forward, those of the operands of
-            one operator together: they are on or off together (rule B1).
+            one operator together, its weight too: they are on or off together (rule B1).
         layers: child layers that the forward calls, which are swapped as well.
     """
 

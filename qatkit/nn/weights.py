@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from qatkit.nn.quantized import QuantizedWeight
-from qatkit.nn.slots import SUFFIX
+from qatkit.nn.slots import SUFFIX, parameter_of
 from qatkit.quantizer import TensorQuantizer
 
 
@@ -52,12 +52,11 @@ def weights_of(model: nn.Module) -> Iterator[Weight]:
     seen: set[int] = set()
     for path, module in model.named_modules():
         for child_name, child in module._modules.items():
-            name = child_name.removesuffix(SUFFIX)
             if (
                 isinstance(child, TensorQuantizer)
-                and name != child_name
-                and isinstance(getattr(module, name, None), Tensor)
+                and parameter_of(module, child_name) is not None
                 and id(child) not in seen
             ):
                 seen.add(id(child))
+                name = child_name.removesuffix(SUFFIX)
                 yield Weight(f"{path}.{child_name}".lstrip("."), child, module, name)

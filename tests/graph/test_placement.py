@@ -109,9 +109,10 @@ def old_weight_norm():
     return layer
 
 
-def test_deprecated_weight_norm_that_cannot_be_copied():
-    with pytest.raises(QatkitError, match="cannot be copied for analysis"):
-        qatkit.prepare(Body(old_weight_norm()), X)
+def test_deprecated_weight_norm_keeps_a_computed_weight_and_is_copied_all_the_same():
+    model = qatkit.prepare(Body(old_weight_norm()), X)
+    assert not qatkit.plan(model, X).skipped
+    call(model.train(), X)[0].sum().backward()
 
 
 def test_deprecated_weight_norm_still_follows_its_parameters():
@@ -442,24 +443,6 @@ def test_a_part_that_is_prepared_already_is_refused():
     with pytest.raises(QatkitError, match="prepare the whole model once, not its parts"):
         qatkit.prepare(model, X)
     assert type(model.stem[0]) is nn.Conv2d
-
-
-def test_recurrent_layers_stay_float():
-    class Rnn(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.embed = nn.Embedding(10, 8)
-            self.lstm = nn.LSTM(8, 8, batch_first=True, bidirectional=True)
-            self.head = nn.Linear(16, 4)
-
-        def forward(self, tokens):
-            return self.head(self.lstm(self.embed(tokens))[0][:, -1])
-
-    tokens = torch.randint(0, 10, (3, 5))
-    model = prepared(Rnn(), tokens)
-    reasons = skipped(qatkit.plan(model, tokens))
-    assert "no quantized form" in reasons["lstm"]
-    assert quantizer_paths(model) == {"head.input_quantizer"}
 
 
 def test_transformer_encoder_layer_with_its_fast_path():
