@@ -12,25 +12,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qatkit import observers
 from qatkit.batches import BatchReader, device_of, to_device
 from qatkit.calibration_report import CalibratedRange, CalibrationReport
-from qatkit.collecting import collecting
 from qatkit.errors import QatkitError, QatkitTypeError, shorten
 from qatkit.freeze import saved_range
 from qatkit.functional import count_nonfinite
 from qatkit.graph.structure import tensors
 from qatkit.modes import disable_quantization, quantizers, select_quantizers
 from qatkit.nn.weights import weights_of
-from qatkit.observers import CALIBRATORS
-from qatkit.observers.calibrators import Settings, check_settings
 from qatkit.quantizer import TensorQuantizer
 from qatkit.spec import OBSERVER_NAMES, suggest
 
 logger = logging.getLogger(__name__)
 
-METHODS = tuple(
-    dict.fromkeys([*(name for name in OBSERVER_NAMES if name != "fixed"), *CALIBRATORS])
-)
+
+def methods() -> tuple[str, ...]:
+    """Return the names that ``method`` can be: observers, then calibrators."""
+    estimators = (name for name in OBSERVER_NAMES if name != "fixed")
+    return tuple(dict.fromkeys([*estimators, *observers.CALIBRATORS]))
 
 
 def calibrate(
@@ -82,6 +82,9 @@ def calibrate(
     select_quantizers(model, "*", "calibrate")
     _check_data(data)
     _check_options(batches, method)
+    from qatkit.collecting import collecting
+    from qatkit.observers.calibrators import Settings, check_settings
+
     check_settings(Settings(percentile=percentile, coverage=coverage), "calibrate")
     observer, calibrator = _split_method(method)
     watch = _Watch(dict(quantizers(model)))
@@ -199,7 +202,7 @@ def _split_method(method: str | None) -> tuple[str | None, str | None]:
     """Return ``(observer, calibrator)``, of which one at most is a name."""
     if method == "max":
         return "minmax", None
-    return (None, method) if method in CALIBRATORS else (method, None)
+    return (None, method) if method in observers.CALIBRATORS else (method, None)
 
 
 def _uncompiled() -> AbstractContextManager[Any]:
@@ -282,7 +285,7 @@ def _check_options(batches: int | None, method: str | None) -> None:
         raise QatkitError(
             f"calibrate(batches={batches!r}): give a positive integer, or None for all"
         )
-    if method is not None and not (isinstance(method, str) and method in METHODS):
+    if method is not None and not (isinstance(method, str) and method in methods()):
         raise QatkitError(
-            f"calibrate(method={method!r}): unknown method, {suggest(method, METHODS)}"
+            f"calibrate(method={method!r}): unknown method, {suggest(method, methods())}"
         )
