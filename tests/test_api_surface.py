@@ -33,7 +33,7 @@ SIGNATURES = {
     "freeze_batch_norm": "(model)",
     "shrink_range": "(x, percentile, *, axis=None, exact_ti=False, phase=None)",
     "export_onnx": "(model, example_inputs, path, *, opset=13, dynamic_batch=True, "
-    "weights='float', verify=True, lint=True)",
+    "weights='float', verify=True, lint=True, front_end='auto', precision='float32')",
     "verify_onnx": "(path, model, inputs)",
     "lint_onnx": "(path, backend='tensorrt', *, trt=None)",
     "Finding": "(rule, level, node, message, source='', remedy='')",
@@ -47,7 +47,8 @@ SIGNATURES = {
 LEADING = {"QATSchedule": ["model", "epochs"]}
 FIELDS = {
     "ExportReport": {
-        "path", "opset", "size_bytes", "quantize_nodes", "dequantize_nodes", "findings", "verify",
+        "path", "opset", "front_end", "precision", "size_bytes", "quantize_nodes",
+        "dequantize_nodes", "findings", "verify",
     },
     "Finding": {"rule", "level", "node", "message"},
 }  # fmt: skip

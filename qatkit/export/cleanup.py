@@ -21,7 +21,7 @@ def remove_identities(graph: GraphProto) -> None:
         if node.op_type == "Identity" and node.output[0] not in outputs:
             renamed[node.output[0]] = node.input[0]
         else:
-            _rename_in_subgraphs(node, renamed)
+            rename_in_subgraphs(node, renamed)
             kept.append(node)
     del graph.node[:]
     graph.node.extend(kept)
@@ -103,10 +103,11 @@ def _names_read(graph: GraphProto) -> set[str]:
     return names
 
 
-def _rename_in_subgraphs(node: NodeProto, renamed: dict[str, str]) -> None:
+def rename_in_subgraphs(node: NodeProto, renamed: dict[str, str]) -> None:
+    """Rename what the graphs inside an If, a Loop or a Scan read, in place."""
     for attribute in node.attribute:
         if attribute.HasField("g"):
             for inner in attribute.g.node:
                 for i, name in enumerate(inner.input):
                     inner.input[i] = renamed.get(name, name)
-                _rename_in_subgraphs(inner, renamed)
+                rename_in_subgraphs(inner, renamed)

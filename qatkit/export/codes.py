@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qatkit.errors import QatkitError
+from qatkit.export.half_precision import half_scale
 from qatkit.export.onnx_runtime import Array
 from qatkit.export.qdq import SUFFIX_DQ
 from qatkit.export.verify_report import QuantizerCheck
@@ -51,6 +52,8 @@ def compare_codes(
 ) -> QuantizerCheck:
     """Compare the codes that go into a DequantizeLinear, and its result, with the model's codes.
 
+    A float16 scale must be the one of the model, rounded.
+
     Args:
         dq: the node.
         found: the codes it gets.
@@ -67,6 +70,8 @@ def compare_codes(
             f"{name}: is {found.shape} in the file and {expected.shape} in the model; "
             "verify with the model it was exported from"
         )
+    if constants[dq.input[1]].dtype == np.float16:
+        step = half_scale(step)
     grid = (_spread(constants[name], dq, found) for name in dq.input[1:])
     step, scale, zero = (np.broadcast_to(each, found.shape) for each in (step, *grid))
     differing = largest = 0

@@ -12,15 +12,18 @@ from torch import nn
 
 from qatkit.errors import MissingExtraError, QatkitError
 from qatkit.export.cleanup import batch_norm_to_affine, remove_identities, remove_unused
-from qatkit.export.constants import fold_constants
+from qatkit.export.constant_folding import fold_constants
+from qatkit.export.file_size import too_large
+from qatkit.export.float16 import FIRST_OPSET, to_float16
 from qatkit.export.inputs import to_cpu_float32
 from qatkit.export.lint import lint_onnx
 from qatkit.export.lowering import lower
+from qatkit.export.opset_conversion import convert_opset
 from qatkit.export.pads import absorb_pads
 from qatkit.export.plain_forms import PlainForms
 from qatkit.export.qdq import insert_qdq
 from qatkit.export.report import ExportReport
-from qatkit.export.trace import too_large, trace
+from qatkit.export.trace import choose_front_end, trace
 from qatkit.export.verify import verify_onnx
 from qatkit.files import replacing
 from qatkit.graph.capture import split_inputs
@@ -34,7 +37,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-_IR_VERSIONS = {13: 7, 14: 7, 15: 8, 16: 8, 17: 8, 18: 8, 19: 9, 20: 9}
+_IR_VERSIONS = {13: 7, 14: 7, 15: 8, 16: 8, 17: 8, 18: 8, 19: 9, 20: 9, 21: 10, 22: 10, 23: 11}
 """The IR version that came with each opset (P9)."""
 
 
@@ -48,6 +51,8 @@ def export_onnx(
     weights: Literal["float", "int8"] = "float",
     verify: bool = True,
     lint: bool = True,
+    front_end: Literal["auto", "legacy", "dynamo"] = "auto",
+    precision: Literal["float32", "float16"] = "float32",
 ) -> ExportReport:
     """Write a prepared model as an ONNX file with Q/DQ nodes that TensorRT parses and fuses.
 
@@ -59,12 +64,20 @@ def export_onnx(
         model: a prepared and calibrated model.
         example_inputs: as for `qatkit.prepare`.
         path: the file to write.
-        opset: 13..20.
+        opset: 13..23. The front end writes what it can, 13..20 or 18, and a pass over the file
+            does the rest of the way, up or down.
         dynamic_batch: leave dimension 0 of every tensor argument with two or more dimensions open.
         weights: ``"float"``: float32 -> Q -> DQ, NVIDIA's form; ``"int8"``: int8 -> DQ, a quarter
             of the size.
         verify: compare the file with the model in ONNX Runtime, see `verify_onnx`.
         lint: check the file against the engine's rules, see `lint_onnx`.
+        front_end: which of PyTorch's exporters traces the model: ``"legacy"``, the one with
+            TorchScript, ``"dynamo"``, the one with ``torch.export``, or ``"auto"``: the legacy one
+            where this PyTorch has it. Both give the same graph.
+        precision: type of all that is not int8. ``"float16"`` is for engines with strong typing
+            (TensorRT 11) and needs opset 19: operators, biases and scales are float16, the codes of
+            the weights stay the same, inputs and outputs stay float32 behind a Cast. What float16
+            cannot express, or hold, stays float32 between Casts.
 
     Returns:
         an `ExportReport`; print it.
@@ -72,9 +85,10 @@ def export_onnx(
     Raises:
         MissingExtraError: the packages of the ``onnx`` extra are not installed.
         QatkitError: no quantizers, one without a range, a path that cannot be written, an opset
-            that cannot express the model.
+            that cannot express the model, a range or constant beyond float16.
     """
-    _check_arguments(model, opset, weights)
+    _check_arguments(model, opset, weights, precision)
+    exporter = choose_front_end(front_end)
     _require_packages("onnx", *(["onnxruntime"] if verify else []))
     args, kwargs = (to_cpu_float32(given) for given in split_inputs(example_inputs))
     prepared = plan_of(model)
@@ -82,9 +96,21 @@ def export_onnx(
     with replacing(path) as temporary:
         lowered = lower(model, args, kwargs)
         with PlainForms(opset):
-            proto = trace(lowered, model, args, kwargs, opset=opset, dynamic_batch=dynamic_batch)
+            proto = trace(
+                lowered,
+                model,
+                args,
+                kwargs,
+                front_end=exporter,
+                opset=opset,
+                dynamic_batch=dynamic_batch,
+            )
         fold_constants(proto)
         insert_qdq(proto, int8_weights=weights == "int8")
+        convert_opset(proto, opset)
+        _clean_up(proto)
+        if precision == "float16":
+            to_float16(proto)
         data = _finish(proto, opset)
         temporary.write_bytes(data)
         findings = tuple(lint_onnx(temporary, backend)) if lint else ()
@@ -95,6 +121,8 @@ def export_onnx(
     return ExportReport(
         path=Path(path),
         opset=opset,
+        front_end=exporter.name,
+        precision=precision,
         size_bytes=Path(path).stat().st_size,
         quantize_nodes=kinds.count("QuantizeLinear"),
         dequantize_nodes=kinds.count("DequantizeLinear"),
@@ -104,15 +132,22 @@ def export_onnx(
     )
 
 
-def _check_arguments(model: nn.Module, opset: int, weights: str) -> None:
+def _check_arguments(model: nn.Module, opset: int, weights: str, precision: str) -> None:
     require_module(model, "export_onnx")
     if isinstance(opset, bool) or not isinstance(opset, int) or opset not in _IR_VERSIONS:
         raise QatkitError(
-            f"export_onnx(opset={opset!r}): Q/DQ with an axis need 13 and the exporter ends at 20; "
-            "give 13..20, 13 for TensorRT"
+            f"export_onnx(opset={opset!r}): Q/DQ with an axis need 13 and ONNX is known up to 23; "
+            "give 13..23, 13 for TensorRT"
         )
     if weights not in ("float", "int8"):
         raise QatkitError(f"export_onnx(weights={weights!r}): give 'float' or 'int8'")
+    if precision not in ("float32", "float16"):
+        raise QatkitError(f"export_onnx(precision={precision!r}): give 'float32' or 'float16'")
+    if precision == "float16" and opset < FIRST_OPSET:
+        raise QatkitError(
+            f"export_onnx(precision='float16', opset={opset}): float16 scales need opset "
+            f"{FIRST_OPSET}; give opset={FIRST_OPSET} or more"
+        )
     if not any(isinstance(module, TensorQuantizer) for module in model.modules()):
         raise QatkitError(
             f"{type(model).__name__}: has no quantizers; "
@@ -126,20 +161,18 @@ def _require_packages(*packages: str) -> None:
             raise MissingExtraError(package, "onnx")
 
 
-def _finish(proto: ModelProto, opset: int) -> bytes:
-    """Clean up, set the versions, check what must hold, and return the file."""
-    import onnx
-
+def _clean_up(proto: ModelProto) -> None:
     remove_identities(proto.graph)
     batch_norm_to_affine(proto)
     absorb_pads(proto.graph)
     remove_unused(proto.graph)
-    versions = {entry.domain: entry.version for entry in proto.opset_import}
-    if versions.get("") != opset:
-        raise QatkitError(
-            f"the exporter wrote opset {versions.get('')} where {opset} was asked for; "
-            "try another opset"
-        )
+
+
+def _finish(proto: ModelProto, opset: int) -> bytes:
+    """Set the versions, check what must hold, and return the file."""
+    import onnx
+
+    remove_unused(proto.graph)
     proto.ir_version = _IR_VERSIONS[opset]
     proto.producer_name, proto.producer_version = "qatkit", __version__
     data = _serialized(proto)

@@ -6,12 +6,13 @@ import inspect
 import itertools
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from qatkit.graph.level import float_class
 from qatkit.graph.structure import flatten, map_tensors, tensors
 
-_TRACED = (Tensor, int, float)
+_TRACED = (Tensor, int, float, torch.SymInt, torch.SymFloat)
 """What may be a tensor while a model is traced."""
 
 

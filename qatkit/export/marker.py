@@ -64,6 +64,7 @@ def marking_operator() -> Callable[..., Any]:
         " -> Tensor"
     )
     library.impl("fake_quantize", _compute, "CompositeExplicitAutograd")
+    torch.library.register_fake(_SYMBOL, _shape, lib=library)
     operator: Any = torch.ops.qatkit.fake_quantize
     operator.library = library
     function: Callable[..., Any] = operator
@@ -78,30 +79,43 @@ def _compute(
     return fake_quantize(x, scale, zero_point, quant_min, quant_max, per_channel).clone()
 
 
-@contextlib.contextmanager
-def exportable(opset: int) -> Iterator[None]:
-    """Teach the exporter the marker, and leave every global as it was afterwards.
+def _shape(x: Tensor, *_: Any) -> Tensor:
+    """Return what the operator makes of a tensor without values."""
+    return torch.empty_like(x)
 
-    Args:
-        opset: the opset of the export; attention needs a conversion of our own below 14.
-    """
+
+@contextlib.contextmanager
+def settings_kept() -> Iterator[None]:
+    """Trace without gradients, warnings and fused attention; leave every global as it was."""
     fast_path = torch.backends.mha.get_fastpath_enabled()
-    symbols: list[tuple[str, Any]] = [(_SYMBOL, _marker_symbol)]
-    if opset < _FIRST_SDPA_OPSET and not _is_known(_ATTENTION, opset):
-        symbols.append((_ATTENTION, _attention_symbol))
-    registered: list[str] = []
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.no_grad():
         warnings.simplefilter("ignore")
         try:
             torch.backends.mha.set_fastpath_enabled(False)
-            for name, symbol in symbols:
-                torch.onnx.register_custom_op_symbolic(name, symbol, opset)  # type: ignore[attr-defined]
-                registered.append(name)
             yield
         finally:
             torch.backends.mha.set_fastpath_enabled(fast_path)
-            for name in registered:
-                torch.onnx.unregister_custom_op_symbolic(name, opset)  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def exportable(opset: int) -> Iterator[None]:
+    """Teach the legacy exporter the marker, and make it forget it afterwards.
+
+    Args:
+        opset: the opset of the export; attention needs a conversion of our own below 14.
+    """
+    symbols: list[tuple[str, Any]] = [(_SYMBOL, _marker_symbol)]
+    if opset < _FIRST_SDPA_OPSET and not _is_known(_ATTENTION, opset):
+        symbols.append((_ATTENTION, _attention_symbol))
+    registered: list[str] = []
+    try:
+        for name, symbol in symbols:
+            torch.onnx.register_custom_op_symbolic(name, symbol, opset)  # type: ignore[attr-defined]
+            registered.append(name)
+        yield
+    finally:
+        for name in registered:
+            torch.onnx.unregister_custom_op_symbolic(name, opset)  # type: ignore[attr-defined]
 
 
 def _is_known(name: str, opset: int) -> bool:

@@ -16,6 +16,8 @@ class ExportReport:
     Attributes:
         path: the file.
         opset: its opset.
+        front_end: which of PyTorch's exporters traced the model, ``"legacy"`` or ``"dynamo"``.
+        precision: ``"float32"`` or ``"float16"``, the type of all that is not int8.
         size_bytes: its size.
         quantize_nodes: number of QuantizeLinear nodes.
         dequantize_nodes: number of DequantizeLinear nodes.
@@ -26,6 +28,8 @@ class ExportReport:
 
     path: Path
     opset: int
+    front_end: str
+    precision: str
     size_bytes: int
     quantize_nodes: int
     dequantize_nodes: int
@@ -39,7 +43,8 @@ class ExportReport:
         nodes = f"{self.quantize_nodes} Q, {self.dequantize_nodes} DQ"
         counts = [f"{number} {level}" for level, number in count_levels(self.findings).items()]
         lines = [
-            f"{self.path}: opset {self.opset}, {size}, {nodes}",
+            f"{self.path}: opset {self.opset}, {self.precision}, {size}, {nodes}, "
+            f"{self.front_end} front end",
             "lint: " + ", ".join(counts) if self.linted else "not linted",
             *_by_rule(self.findings),
         ]

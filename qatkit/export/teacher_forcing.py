@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -112,6 +113,7 @@ def run_forced(
     from onnx import TensorProto, helper
 
     calls = _pairs(proto, seen, path)
+    constants = Constants(proto)
     forced = copy.deepcopy(proto)
     given = {dq.output[0]: f"{dq.output[0]}.given" for _, dq, _ in calls}
     for node in forced.graph.node:
@@ -119,21 +121,43 @@ def run_forced(
             node.input[i] = given.get(name, name)
     for q, dq, call in calls:
         shape = [None] * call.result.ndim
-        forced.graph.input.append(
-            helper.make_tensor_value_info(given[dq.output[0]], TensorProto.FLOAT, shape)
-        )
+        kind = helper.np_dtype_to_tensor_dtype(constants[dq.input[1]].dtype)
+        forced.graph.input.append(helper.make_tensor_value_info(given[dq.output[0]], kind, shape))
         forced.graph.output.append(
             helper.make_tensor_value_info(q.output[0], TensorProto.INT8, None)
         )
-    feeds = feeds | {given[dq.output[0]]: call.result for _, dq, call in calls}
+    feeds = feeds | {
+        given[dq.output[0]]: call.result.astype(constants[dq.input[1]].dtype)
+        for _, dq, call in calls
+    }
     results = run_onnx(forced, feeds, path)
     own = len(proto.graph.output)
-    constants = Constants(proto)
+    picked = _selected(forced)
     checks = [
-        compare_codes(dq, codes, call.codes, call.scale, constants)
-        for (_, dq, call), codes in zip(calls, results[own:], strict=True)
+        _selected_check(dq, codes, call)
+        if q.input[0] in picked and codes.shape != call.codes.shape
+        else dataclasses.replace(
+            compare_codes(dq, codes, call.codes, call.scale, constants),
+            selected=q.input[0] in picked,
+        )
+        for (q, dq, call), codes in zip(calls, results[own:], strict=True)
     ]
     return Forced(tuple(checks), results[:own])
+
+
+def _selected(forced: ModelProto) -> set[str]:
+    """Return the names of the tensors that depend on a selection by value."""
+    names: set[str] = set()
+    for node in forced.graph.node:
+        if node.op_type in _SELECTING or not names.isdisjoint(node.input):
+            names.update(node.output)
+    return names
+
+
+def _selected_check(dq: NodeProto, codes: Array, call: Seen) -> QuantizerCheck:
+    """Return the check of a tensor that has another number of elements in the file."""
+    size = int(call.codes.size)
+    return QuantizerCheck(dq.name.removesuffix(SUFFIX_DQ), size, size, 0, selected=True)
 
 
 def selects(proto: ModelProto) -> bool:

@@ -1,19 +1,14 @@
-"""Run PyTorch's ONNX exporter on a lowered model."""
+"""Run one of PyTorch's ONNX exporters on a lowered model."""
 
 from __future__ import annotations
 
-import contextlib
-import io
-import os
-import sys
-import tempfile
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from qatkit.errors import QatkitError, shorten
+from qatkit.export.dynamo import DYNAMO
+from qatkit.export.front_end import FrontEnd, Traceable
 from qatkit.export.inputs import (
     arguments,
     batch_axes,
@@ -21,11 +16,35 @@ from qatkit.export.inputs import (
     output_names,
     take_tensors,
 )
-from qatkit.export.marker import DOMAIN, exportable
+from qatkit.export.legacy import LEGACY
+from qatkit.export.marker import settings_kept
 from qatkit.graph.structure import tensors
 
 if TYPE_CHECKING:
     from onnx import ModelProto
+
+FRONT_ENDS = (LEGACY, DYNAMO)
+"""In the order in which ``"auto"`` tries them."""
+
+
+def choose_front_end(name: str) -> FrontEnd:
+    """Return the front end of a name, or for ``"auto"`` the first one that this PyTorch has.
+
+    Raises:
+        QatkitError: an unknown name, or this PyTorch does not have it.
+    """
+    by_name = {front_end.name: front_end for front_end in FRONT_ENDS}
+    if name == "auto":
+        found = next((one for one in FRONT_ENDS if not one.missing()), None)
+    elif name in by_name:
+        found = None if by_name[name].missing() else by_name[name]
+    else:
+        known = ", ".join(repr(one) for one in ("auto", *by_name))
+        raise QatkitError(f"export_onnx(front_end={name!r}): unknown; give one of {known}")
+    if found is None:
+        lacking = by_name.get(name, FRONT_ENDS[-1])
+        raise QatkitError(f"export_onnx(front_end={name!r}): {lacking.missing()}")
+    return found
 
 
 def trace(
@@ -34,6 +53,7 @@ def trace(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     *,
+    front_end: FrontEnd,
     opset: int,
     dynamic_batch: bool,
 ) -> ModelProto:
@@ -44,33 +64,28 @@ def trace(
         model: the model it was made from, for names.
         args: positional arguments, float32 on the CPU.
         kwargs: keyword arguments.
-        opset: the opset to write.
+        front_end: the exporter.
+        opset: the opset that is wanted in the end; the file has the nearest one that the front end
+            writes.
         dynamic_batch: leave the batch dimension open.
 
     Raises:
         QatkitError: the exporter cannot express the model.
     """
-    import onnx
-
     inputs = arguments(model, args, kwargs)
-    buffer: Any = io.BytesIO()
-    with exportable(opset):
+    with settings_kept():
         result = _run(lowered, args, kwargs, type(model).__name__)
         outputs = output_names(result)
         take_tensors(lowered, args, kwargs, result)
-        with _one_line_errors(type(model).__name__, opset):
-            torch.onnx.export(
-                lowered,
-                tuple(tensors((args, kwargs))),
-                buffer,
-                opset_version=opset,
-                dynamo=False,
-                input_names=input_names(inputs),
-                output_names=list(outputs),
-                dynamic_axes=batch_axes(inputs, outputs, dynamic=dynamic_batch),
-                custom_opsets={DOMAIN: 1},
-            )
-    return onnx.load_model_from_string(buffer.getvalue())
+        traceable = Traceable(
+            module=lowered,
+            tensors=tuple(tensors((args, kwargs))),
+            input_names=tuple(input_names(inputs)),
+            output_names=tuple(outputs),
+            batch_axes=batch_axes(inputs, outputs, dynamic=dynamic_batch),
+            name=type(model).__name__,
+        )
+        return front_end.write(traceable, front_end.nearest(opset))
 
 
 def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
@@ -83,57 +98,3 @@ def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: 
             f"{name}: does not run on example_inputs ({shorten(str(error), 160)}); "
             "give what it was prepared with"
         ) from None
-
-
-def too_large(name: str, error: Exception) -> QatkitError:
-    """Return what to raise where protobuf's limit of 2 GB is exceeded."""
-    return QatkitError(
-        f"{name}: has more than the 2 GB of one ONNX file ({shorten(str(error))}); "
-        "export the model in parts"
-    )
-
-
-@contextlib.contextmanager
-def _one_line_errors(name: str, opset: int) -> Iterator[None]:
-    """Turn what the exporter raises into one line, and keep it from printing whole graphs."""
-    try:
-        with _stdout_kept_unless_failing():
-            yield
-    except QatkitError:
-        raise
-    except torch.onnx.errors.UnsupportedOperatorError as error:
-        raise QatkitError(
-            f"{name}: opset {opset} cannot express it ({shorten(str(error), 160)}); "
-            "try a higher opset, up to 20"
-        ) from None
-    except Exception as error:
-        if "2GiB" in str(error):
-            raise too_large(name, error) from None
-        raise QatkitError(
-            f"{name}: PyTorch's ONNX exporter fails ({shorten(str(error), 200)}); "
-            "see that the float model exports with torch.onnx.export(dynamo=False)"
-        ) from None
-
-
-@contextlib.contextmanager
-def _stdout_kept_unless_failing() -> Iterator[None]:
-    """Hold back what is printed, by C++ code too, and print it at the end; after an error drop it.
-
-    PyTorch prints the whole graph, thousands of lines, before it raises.
-    """
-    sys.stdout.flush()
-    try:
-        terminal = os.dup(1)
-    except OSError:  # no standard output, so nothing to hold back
-        yield
-        return
-    with tempfile.TemporaryFile() as held:
-        os.dup2(held.fileno(), 1)
-        try:
-            yield
-            sys.stdout.flush()
-            held.seek(0)
-            os.write(terminal, held.read())
-        finally:
-            os.dup2(terminal, 1)
-            os.close(terminal)

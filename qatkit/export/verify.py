@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,7 +41,8 @@ if TYPE_CHECKING:
 def verify_onnx(path: str | os.PathLike[str], model: nn.Module, inputs: Any) -> VerifyReport:
     """Compare a file written by `export_onnx` with the model, in ONNX Runtime.
 
-    Graph optimizations are off. Each quantizer is compared by itself: ONNX Runtime gets the model's
+    A float16 file is allowed the differences of float16, but for the codes of the weights. Graph
+    optimizations are off. Each quantizer is compared by itself: ONNX Runtime gets the model's
     own quantized tensors as the inputs of every layer (teacher forcing), so that one rounding does
     not spread. Then both run end to end.
 
@@ -83,6 +85,7 @@ def verify_onnx(path: str | os.PathLike[str], model: nn.Module, inputs: Any) -> 
         relative_difference=difference.relative,
         last_layers=None if selects(proto) else _Difference(outputs, forced.outputs).relative,
         top1_agreement=_top1_agreement(outputs, end_to_end),
+        precision=_precision(proto),
     )
 
 
@@ -129,8 +132,18 @@ def _constants(
         order = order_of(node)
         if order is not None:
             wanted, step = wanted.transpose(order), step.transpose(order)
-        checks.append(compare_codes(node, codes, wanted, step, constants))
+        check = compare_codes(node, codes, wanted, step, constants)
+        checks.append(dataclasses.replace(check, constant=True))
     return checks
+
+
+def _precision(proto: ModelProto) -> str:
+    """Return the type of the scales, and so of the file; some may be float32 in a float16 file."""
+    from onnx import TensorProto
+
+    scales = {node.input[1] for node in proto.graph.node if node.op_type == "DequantizeLinear"}
+    kinds = {tensor.data_type for tensor in proto.graph.initializer if tensor.name in scales}
+    return "float16" if TensorProto.FLOAT16 in kinds else "float32"
 
 
 class _Difference:

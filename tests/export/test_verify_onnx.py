@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import onnx
 import pytest
@@ -195,3 +197,36 @@ def test_codes_are_compared_in_parts_as_at_once(shape, monkeypatch):
     gap = np.abs(found.astype(int) - expected)
     assert check.codes == gap.size
     assert (check.differing, check.largest_step) == (np.count_nonzero(gap), gap.max(initial=0))
+
+
+class Picks(nn.Module):
+    """A head on the features of the highest scores."""
+
+    def __init__(self):
+        super().__init__()
+        self.score, self.head = nn.Linear(6, 1), nn.Linear(6, 3)
+
+    def forward(self, x):
+        order = self.score(x)[:, 0].topk(4).indices
+        return self.head(x[order] * 2)
+
+
+def test_what_is_picked_by_value_is_not_judged(tmp_path):
+    x = torch.randn(8, 6)
+    model = qatkit.prepare(Picks().eval(), x)
+    qatkit.calibrate(model, [x], progress=False)
+    report = qatkit.export_onnx(model, x, tmp_path / "a.onnx", dynamic_batch=False).verify
+    picked = {check.name for check in report.quantizers if check.selected}
+    assert picked == {"head.input_quantizer"}
+    assert report.ok
+    checks = [
+        dataclasses.replace(check, differing=check.codes, largest_step=9)
+        if check.selected
+        else check
+        for check in report.quantizers
+    ]
+    other = dataclasses.replace(report, quantizers=tuple(checks))
+    assert other.ok
+    assert "behind a selection by value, not judged: 24 of 24" in str(other)
+    checks[0] = dataclasses.replace(checks[0], differing=checks[0].codes)
+    assert not dataclasses.replace(report, quantizers=tuple(checks)).ok

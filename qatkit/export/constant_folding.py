@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from qatkit.export.cleanup import remove_identities
 from qatkit.export.marker import DOMAIN
 
@@ -19,6 +21,21 @@ _NEVER = frozenset(
 )
 
 
+def constants_to_initializers(graph: GraphProto) -> None:
+    """Turn Constant nodes of numbers into initializers, in place."""
+    from onnx import numpy_helper
+
+    kept: list[NodeProto] = []
+    for node in graph.node:
+        value = _value(node) if node.op_type == "Constant" else None
+        if value is None:
+            kept.append(node)
+        else:
+            graph.initializer.append(numpy_helper.from_array(value, node.output[0]))
+    del graph.node[:]
+    graph.node.extend(kept)
+
+
 def fold_constants(model: ModelProto) -> None:
     """Replace nodes that read only constants by their results, in place.
 
@@ -32,10 +49,8 @@ def fold_constants(model: ModelProto) -> None:
 
     graph = model.graph
     remove_identities(graph)
+    constants_to_initializers(graph)
     known: dict[str, Any] = {t.name: t for t in graph.initializer}
-    for node in graph.node:
-        if node.op_type == "Constant" and node.attribute[0].name == "value":
-            known[node.output[0]] = node.attribute[0].t
     rest: list[NodeProto] = []
     made: dict[str, Any] = {}
     versions = {entry.domain: entry.version for entry in model.opset_import}
@@ -71,7 +86,6 @@ def _foldable(node: NodeProto, known: dict[str, Any]) -> bool:
 
 def _run(node: NodeProto, given: list[Any], opset: int) -> list[Any] | None:
     """Return the outputs of one node, ``None`` if they cannot be had or are too large."""
-    import numpy as np
     from onnx import TensorProto, helper
     from onnx.reference import ReferenceEvaluator
 
@@ -108,3 +122,18 @@ def _read(graph: GraphProto) -> set[str]:
             if attribute.HasField("g"):
                 names |= _read(attribute.g)
     return names
+
+
+def _value(node: NodeProto) -> Any:
+    """Return the numbers of a Constant, ``None`` for strings and sparse tensors."""
+    from onnx import AttributeProto, helper, numpy_helper
+
+    attribute = node.attribute[0]
+    value = helper.get_attribute_value(attribute)
+    if attribute.type == AttributeProto.TENSOR:
+        return numpy_helper.to_array(value)
+    if attribute.type in (AttributeProto.FLOAT, AttributeProto.FLOATS):
+        return np.asarray(value, np.float32)
+    if attribute.type in (AttributeProto.INT, AttributeProto.INTS):
+        return np.asarray(value, np.int64)
+    return None
