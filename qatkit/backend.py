@@ -7,6 +7,7 @@ about what an operator is.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -30,8 +31,9 @@ class Backend:
         needs_quantized_output: operators that run in INT8 only with INT8 on both sides (F7).
         residual: which operand of a join behind a convolution is quantized (F6).
         transformer_residual: the same for a join behind a linear layer (F6c).
-        unsigned_int8: whether uint8 codes, and with them asymmetric activations, are accepted (P3).
-        zero_point: whether a zero point other than 0 is accepted (P2).
+        unsigned_int8: whether uint8 codes are accepted (P3).
+        zero_point: whether a zero point other than 0, and with it an asymmetric activation, is
+            accepted (P2).
         axis_of_weight: the quantized axis of a per-channel weight by operator, ``None`` for
             per-tensor (F2, F2b).
         activations: pointwise operators that fuse into the weighted operator in front of them (F4).
@@ -39,11 +41,29 @@ class Backend:
         joins: operators on two tensors that run in INT8 only with INT8 on both sides (F7, F11).
         float_inputs: operators whose input stays float (F12).
         code_types: types of the codes in lower-case ONNX names, besides uint8 (P3).
-        min_channels: INT8 kernels want at least so many channels, rows or columns (F14, F15).
-        attention_head_sizes: head sizes of the INT8 attention fusion (F13).
+        min_channels: INT8 kernels want at least so many channels, rows or columns (F14, F15); 0 if
+            they take all.
+        attention_head_sizes: head sizes of the INT8 attention fusion (F13), none without one.
         max_attention_length: longest sequence of the INT8 attention fusion (F13).
+        signed_codes: how the file stores the codes of a signed activation: ``"int8"``, or
+            ``"uint8"`` with half the range added to codes and zero point.
+        quantized_results: operators whose result is quantized for all its readers, at once or
+            behind an activation that fuses, so that what copies it runs in INT8 (F20).
+        fuses_by_result: whether those operators run in INT8 only then, and with an activation only
+            if the quantizer makes it superfluous, as codes from 0 do with a ReLU (F20, F21).
+        quantized_operands: operators that run in INT8 only if all operands are quantized, so that
+            one of them asks for the others (F11).
+        passes_quantizers: copies in front of which the engine moves the quantizers behind them, if
+            nothing else reads what they copy.
+        bias_apart: operators that run in INT8 only with their bias in an operator of its own, which
+            the engine does not merge with them.
+        integer_operators: whether operators on integers are accepted (P1).
+        float_bias: whether a bias must not come from a DequantizeLinear (P5).
+        float_outputs: whether a Q or DQ must not make a graph output (B1).
 
-    Source: NVIDIA TensorRT documentation, "Explicit quantization"; the open onnx-tensorrt parser.
+    Source: of `TENSORRT`: NVIDIA TensorRT documentation, "Explicit quantization"; the open
+        onnx-tensorrt parser. Of `ONNXRUNTIME` and `OPENVINO`: the graphs that ONNX Runtime 1.31
+        writes after its optimizations on x86, and the execution graphs of OpenVINO 2026.4.
     """
 
     name: str
@@ -69,6 +89,15 @@ class Backend:
     min_channels: int = 16
     attention_head_sizes: frozenset[int] = frozenset({16, 32, 64})
     max_attention_length: int = 512
+    signed_codes: Literal["int8", "uint8"] = "int8"
+    quantized_results: frozenset[str] = frozenset()
+    fuses_by_result: bool = False
+    quantized_operands: frozenset[str] = frozenset()
+    passes_quantizers: frozenset[str] = frozenset()
+    bias_apart: frozenset[str] = frozenset()
+    integer_operators: bool = False
+    float_bias: bool = True
+    float_outputs: bool = True
 
 
 TENSORRT = Backend(
@@ -100,7 +129,53 @@ TENSORRT = Backend(
     ),
 )
 
-BACKENDS: Mapping[str, Backend] = MappingProxyType({TENSORRT.name: TENSORRT})
+_CODES_OF_CPUS = frozenset({"int8", "int16", "uint16", "int32", "int4", "uint4"})
+
+ONNXRUNTIME = dataclasses.replace(
+    TENSORRT,
+    name="onnxruntime",
+    weighted=frozenset({"Conv", "Gemm", "MatMul"}),
+    needs_quantized_output=frozenset({"AveragePool", "GlobalAveragePool"}),
+    residual="both",
+    transformer_residual="none",
+    unsigned_int8=True,
+    zero_point=True,
+    activations=frozenset({"Relu", "Clip"}),
+    code_types=_CODES_OF_CPUS,
+    smooth_activations=frozenset(),
+    min_channels=0,
+    attention_head_sizes=frozenset(),
+    signed_codes="uint8",
+    quantized_results=frozenset({"Conv", "Concat", "MaxPool"}),
+    fuses_by_result=True,
+    quantized_operands=frozenset({"Mul"}),
+    passes_quantizers=frozenset({"MaxPool"}),
+    bias_apart=frozenset({"Gemm", "MatMul"}),
+    integer_operators=True,
+    float_bias=False,
+    float_outputs=False,
+)
+
+OPENVINO = dataclasses.replace(
+    TENSORRT,
+    name="openvino",
+    transformer_residual="none",
+    residual="both",
+    unsigned_int8=True,
+    zero_point=True,
+    code_types=_CODES_OF_CPUS,
+    min_channels=0,
+    attention_head_sizes=frozenset(),
+    quantized_results=frozenset({"Conv", "Concat", "MaxPool"}),
+    quantized_operands=frozenset({"Mul"}),
+    integer_operators=True,
+    float_bias=False,
+    float_outputs=False,
+)
+
+BACKENDS: Mapping[str, Backend] = MappingProxyType(
+    {backend.name: backend for backend in (TENSORRT, ONNXRUNTIME, OPENVINO)}
+)
 
 
 def get_backend(name: str) -> Backend:

@@ -104,6 +104,8 @@ class QuantConfig:
         residual: which operand of an addition behind a convolution is quantized: ``"skip"``,
             ``"both"`` or ``"none"``; ``None`` for what the backend fuses (F6).
         transformer_residual: the same for an addition behind a linear layer or attention (F6c).
+        unsigned_activations: codes from 0 for an activation that cannot be negative, such as the
+            result of a ReLU, where the engine takes codes of that width: TensorRT up to 7 bits.
 
     Raises:
         QatkitError: the backend is unknown or cannot run such a spec.
@@ -122,6 +124,7 @@ class QuantConfig:
     first_last_bits: int | None = None
     residual: ResidualPolicy | None = None
     transformer_residual: ResidualPolicy | None = None
+    unsigned_activations: bool = False
 
     def __post_init__(self) -> None:
         """Check the fields against each other and against the backend."""
@@ -140,8 +143,19 @@ class QuantConfig:
                     "give 'skip', 'both', 'none', or None for what the backend fuses"
                 )
         backend = get_backend(self.backend)
-        for spec, where in self._specs():
-            _check_backend(spec, where, backend)
+        for spec, role, where in self._specs():
+            _check_backend(spec, role, where, backend)
+        if not isinstance(self.unsigned_activations, bool):
+            raise QatkitError(
+                f"QuantConfig(unsigned_activations={self.unsigned_activations!r}): "
+                "give True or False"
+            )
+        widths = [spec.num_bits for spec, role, _ in self._specs() if role == "activation"]
+        if self.unsigned_activations and not backend.unsigned_int8 and min(widths) >= 8:
+            raise QatkitError(
+                f"QuantConfig(unsigned_activations=True) with {min(widths)} bits, "
+                f"{backend.name} runs int8; use num_bits of 7 or less, or leave it at False"
+            )
 
     @classmethod
     def preset(cls, name: str) -> QuantConfig:
@@ -212,12 +226,13 @@ class QuantConfig:
         known["rules"] = tuple(_rule_from_dict(rule) for rule in known["rules"])
         return cls(**known)
 
-    def _specs(self) -> Iterable[tuple[QuantSpec, str]]:
-        yield self.activation, "QuantConfig(activation=...)"
-        yield self.weight, "QuantConfig(weight=...)"
+    def _specs(self) -> Iterable[tuple[QuantSpec, Role, str]]:
+        yield self.activation, "activation", "QuantConfig(activation=...)"
+        yield self.weight, "weight", "QuantConfig(weight=...)"
         for rule in self.rules:
-            yield rule.change(self.activation, "activation"), f"Rule({rule.pattern!r})"
-            yield rule.change(self.weight, "weight"), f"Rule({rule.pattern!r})"
+            where = f"Rule({rule.pattern!r})"
+            yield rule.change(self.activation, "activation"), "activation", where
+            yield rule.change(self.weight, "weight"), "weight", where
 
 
 def require_match(pattern: str, paths: Iterable[str], where: str) -> None:
@@ -248,16 +263,22 @@ def _checked_rules(rules: object) -> tuple[Rule, ...]:
     return tuple(rules)
 
 
-def _check_backend(spec: QuantSpec, where: str, backend: Backend) -> None:
+def _check_backend(spec: QuantSpec, role: Role, where: str, backend: Backend) -> None:
+    if role == "weight" and not spec.symmetric and backend.zero_point:
+        raise QatkitError(
+            f"{where}: symmetric=False on a weight, {backend.name} wants zero point 0 there; "
+            "use symmetric=True"
+        )
     if not backend.zero_point and not spec.symmetric:
         raise QatkitError(
             f"{where}: symmetric=False needs zero points, {backend.name} has none; "
             "use symmetric=True"
         )
-    if not backend.unsigned_int8 and not spec.signed and spec.num_bits >= 8:
+    wide = backend.unsigned_int8 and role == "activation"
+    if not wide and not spec.signed and spec.num_bits >= 8:
         raise QatkitError(
-            f"{where}: signed=False with {spec.num_bits} bits, {backend.name} runs int8; "
-            "use signed=True"
+            f"{where}: signed=False with {spec.num_bits} bits, {backend.name} runs int8"
+            f"{' weights' if backend.unsigned_int8 else ''}; use signed=True"
         )
     if "activation" in where and spec.per_channel:
         raise QatkitError(
@@ -280,4 +301,6 @@ PRESETS: Mapping[str, QuantConfig] = {
         activation=ACTIVATION.replace(num_bits=4),
         first_last_bits=8,
     ),
+    "onnxruntime-uint8": QuantConfig(backend="onnxruntime", unsigned_activations=True),
+    "openvino-int8": QuantConfig(backend="openvino", unsigned_activations=True),
 }

@@ -21,7 +21,7 @@ SIGNATURES = {
     "fixed_range=None, memory='running')",
     "QuantConfig": "(weight=..., activation=..., backend='tensorrt', rules=(), "
     "fold_batch_norm=True, share_concat_scales=True, first_last_bits=None, residual=None, "
-    "transformer_residual=None)",
+    "transformer_residual=None, unsigned_activations=False)",
     "QuantConfig.preset": "(name)",
     "plan": "(model, example_inputs, config=None)",
     "prepare": "(model, example_inputs, config=None)",
@@ -33,7 +33,8 @@ SIGNATURES = {
     "freeze_batch_norm": "(model)",
     "shrink_range": "(x, percentile, *, axis=None, exact_ti=False, phase=None)",
     "export_onnx": "(model, example_inputs, path, *, opset=13, dynamic_batch=True, "
-    "weights='float', verify=True, lint=True, front_end='auto', precision='float32')",
+    "weights='float', verify=True, lint=True, front_end='auto', precision='float32', "
+    "backend=None)",
     "verify_onnx": "(path, model, inputs)",
     "lint_onnx": "(path, backend='tensorrt', *, trt=None)",
     "Finding": "(rule, level, node, message, source='', remedy='')",
@@ -136,7 +137,9 @@ def test_everything_public_has_a_docstring(name: str) -> None:
                 assert (inspect.getdoc(function) or "").strip(), f"{name}.{method}"
 
 
-@pytest.mark.parametrize("name", ["tensorrt-int8", "tensorrt-w4a4"])
+@pytest.mark.parametrize(
+    "name", ["tensorrt-int8", "tensorrt-w4a4", "onnxruntime-uint8", "openvino-int8"]
+)
 def test_presets(name: str) -> None:
     assert isinstance(qatkit.QuantConfig.preset(name), qatkit.QuantConfig)
 

@@ -101,6 +101,18 @@ CONFIGS: list[tuple[dict[str, Any], type[QatkitError], str]] = [
     ({"activation": QuantSpec(signed=False)}, QatkitError, "use signed=True"),
     ({"activation": QuantSpec(axis=1)}, QatkitError, "use axis=None"),
     ({"rules": (Rule("fc", activation=QuantSpec(symmetric=False)),)}, QatkitError, "zero points"),
+    ({"unsigned_activations": True}, QatkitError, "use num_bits of 7 or less"),
+    ({"unsigned_activations": 1}, QatkitError, "give True or False"),
+    (
+        {"backend": "onnxruntime", "weight": WEIGHT.replace(symmetric=False)},
+        QatkitError,
+        "symmetric=False on a weight",
+    ),
+    (
+        {"backend": "openvino", "weight": WEIGHT.replace(signed=False, narrow_range=False)},
+        QatkitError,
+        "runs int8 weights; use signed=True",
+    ),
 ]
 
 
@@ -113,6 +125,17 @@ def test_illegal_configs(fields: dict[str, Any], error: type[QatkitError], messa
 
 def test_unsigned_below_eight_bits_fits_into_int8() -> None:
     QuantConfig(activation=QuantSpec(num_bits=7, signed=False))
+
+
+def test_one_rule_below_eight_bits_is_enough_for_unsigned_activations() -> None:
+    QuantConfig(unsigned_activations=True, rules=(Rule("layer4", num_bits=4),))
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("signed", [True, False])
+def test_engines_with_zero_points(backend: str, signed: bool) -> None:
+    for symmetric in (True, False):
+        QuantConfig(backend=backend, activation=QuantSpec(signed=signed, symmetric=symmetric))
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -57,7 +57,7 @@ def compare_codes(
     Args:
         dq: the node.
         found: the codes it gets.
-        expected: the codes of the model.
+        expected: the codes of the model, less the zero point.
         step: the scale of the model, in a shape that broadcasts against ``expected``.
         constants: those of the file.
 
@@ -86,7 +86,8 @@ def quantized(q: NodeProto, constants: Constants) -> Array:
     """Do what a QuantizeLinear does to a constant."""
     data, scale, zero = (constants[name] for name in q.input)
     codes = np.rint(data / _spread(scale, q, data)) + _spread(zero, q, data)
-    return np.clip(codes, -128, 127).astype(np.int8)
+    ends = np.iinfo(zero.dtype)
+    return np.clip(codes, ends.min, ends.max).astype(zero.dtype)
 
 
 def _gap(found: Array, expected: Array, step: Array, scale: Array, zero: Array) -> Array:
@@ -94,7 +95,8 @@ def _gap(found: Array, expected: Array, step: Array, scale: Array, zero: Array) 
     result = (found.astype(np.float64) - zero) * scale / step.astype(np.float64)
     wide = expected.astype(np.int64)
     steps = np.rint(np.clip(np.nan_to_num(result, nan=1e9), -1e9, 1e9))
-    return np.maximum(np.abs(found - wide), np.abs(steps - wide))
+    centered = found - zero.astype(np.int64)
+    return np.maximum(np.abs(centered - wide), np.abs(steps - wide))
 
 
 def _parts(array: Array) -> Iterator[Any]:

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
+from qatkit.backend import get_backend
 from qatkit.errors import MissingExtraError, QatkitError
+from qatkit.export.biases import set_biases_apart
 from qatkit.export.cleanup import batch_norm_to_affine, remove_identities, remove_unused
 from qatkit.export.constant_folding import fold_constants
 from qatkit.export.file_size import too_large
@@ -53,12 +55,13 @@ def export_onnx(
     lint: bool = True,
     front_end: Literal["auto", "legacy", "dynamo"] = "auto",
     precision: Literal["float32", "float16"] = "float32",
+    backend: str | None = None,
 ) -> ExportReport:
-    """Write a prepared model as an ONNX file with Q/DQ nodes that TensorRT parses and fuses.
+    """Write a prepared model as an ONNX file with Q/DQ nodes that its engine parses and fuses.
 
-    The batch norms are folded, the weights lie on their integer grid, every zero point is an int8
-    zero. The model and PyTorch's settings are left as they were, and ``path`` changes only when
-    all went well.
+    The batch norms are folded, the weights lie on their integer grid; for TensorRT every zero point
+    is an int8 zero. The model and PyTorch's settings are left as they were, and ``path`` changes
+    only when all went well.
 
     Args:
         model: a prepared and calibrated model.
@@ -78,6 +81,8 @@ def export_onnx(
             (TensorRT 11) and needs opset 19: operators, biases and scales are float16, the codes of
             the weights stay the same, inputs and outputs stay float32 behind a Cast. What float16
             cannot express, or hold, stays float32 between Casts.
+        backend: write and lint for another engine than the model was prepared for: the same
+            numbers in the types of codes that it takes, and no quantizer more.
 
     Returns:
         an `ExportReport`; print it.
@@ -92,9 +97,10 @@ def export_onnx(
     _require_packages("onnx", *(["onnxruntime"] if verify else []))
     args, kwargs = (to_cpu_float32(given) for given in split_inputs(example_inputs))
     prepared = plan_of(model)
-    backend = "tensorrt" if prepared is None else prepared.config.backend
+    planned = "tensorrt" if prepared is None else prepared.config.backend
+    engine = get_backend(planned if backend is None else backend)
     with replacing(path) as temporary:
-        lowered = lower(model, args, kwargs)
+        lowered = lower(model, engine, args, kwargs)
         with PlainForms(opset):
             proto = trace(
                 lowered,
@@ -108,12 +114,13 @@ def export_onnx(
         fold_constants(proto)
         insert_qdq(proto, int8_weights=weights == "int8")
         convert_opset(proto, opset)
+        set_biases_apart(proto.graph, engine.bias_apart)
         _clean_up(proto)
         if precision == "float16":
             to_float16(proto)
         data = _finish(proto, opset)
         temporary.write_bytes(data)
-        findings = tuple(lint_onnx(temporary, backend)) if lint else ()
+        findings = tuple(lint_onnx(temporary, engine)) if lint else ()
         report = verify_onnx(temporary, model, example_inputs) if verify else None
     if report is not None and not report.ok:
         _log.warning("%s: %s", os.fspath(path), report)

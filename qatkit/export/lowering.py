@@ -5,15 +5,16 @@ Its weights are folded, and a marker stands for each quantizer.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from qatkit.backend import Backend
 from qatkit.copying import deepcopy
 from qatkit.errors import QatkitError, shorten
-from qatkit.export.marker import Marker
+from qatkit.export.marker import Codes, Marker
 from qatkit.export.weights import FoldedLayer, fold_weight
 from qatkit.modes import quantizers
 from qatkit.nn.slots import quantizer_of
@@ -38,11 +39,14 @@ class Uncalibrated(nn.Module):
         )
 
 
-def lower(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Any = None) -> nn.Module:
+def lower(
+    model: nn.Module, backend: Backend, args: tuple[Any, ...] = (), kwargs: Any = None
+) -> nn.Module:
     """Return the copy, in eval mode, float32, on the CPU.
 
     Args:
         model: a prepared model.
+        backend: the engine, for the types of the codes.
         args: positional arguments that it runs on.
         kwargs: keyword arguments that it runs on.
 
@@ -62,7 +66,7 @@ def lower(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Any = None) -> n
     _observe_computed_weights(lowered, args, kwargs or {})
     for weight, norm in quantized_weights(lowered):
         _replace_weight(lowered, weight, fold_weight(weight, norm))
-    _replace_quantizers(lowered)
+    _replace_quantizers(lowered, backend)
     return lowered
 
 
@@ -92,7 +96,7 @@ def quantized_weights(model: nn.Module) -> list[tuple[Weight, nn.Module | None]]
     norms = {} if plan is None else {layer.path: layer.batch_norm for layer in plan.layers}
     found: list[tuple[Weight, nn.Module | None]] = []
     for weight in weights_of(model):
-        _check_grid(weight.quantizer)
+        _check_weight(weight.quantizer)
         planned = norms.get(weight.path.rpartition(".")[0])
         norm = None if weight.layer is None else weight.layer.batch_norm
         if weight.layer is not None and planned is not None:
@@ -114,8 +118,8 @@ def _replace_weight(model: nn.Module, weight: Weight, folded: FoldedLayer) -> No
     stand_in: nn.Module = nn.Identity()
     if folded.scale is not None:
         spec = quantizer.spec
-        grid = (spec.quant_min, spec.quant_max)
-        stand_in = Marker(quantizer.name, folded.scale, *grid, folded.axis)
+        codes = Codes(spec.quant_min, spec.quant_max)
+        stand_in = Marker(quantizer.name, folded.scale, codes, folded.axis)
     owner._modules[quantizer_of(weight.name)] = stand_in
 
 
@@ -146,39 +150,60 @@ def _neutralize(norm: Any) -> None:
         norm.bias = nn.Parameter(torch.zeros(size), requires_grad=False)
 
 
-def _replace_quantizers(model: nn.Module) -> None:
+def _replace_quantizers(model: nn.Module, backend: Backend) -> None:
     """Put one marker in the place of each activation quantizer, under all its paths."""
     made: dict[int, nn.Module] = {}
     for module in list(model.modules()):
         for name, child in list(module._modules.items()):
             if isinstance(child, TensorQuantizer):
                 if id(child) not in made:
-                    made[id(child)] = _stand_in(child)
+                    made[id(child)] = _stand_in(child, backend)
                 module._modules[name] = made[id(child)]
 
 
-def _stand_in(quantizer: TensorQuantizer) -> nn.Module:
+def _stand_in(quantizer: TensorQuantizer, backend: Backend) -> nn.Module:
     if not quantizer.quantize:
         return nn.Identity()
     if not quantizer.has_range:
         return Uncalibrated(quantizer.name)
-    _check_grid(quantizer)
-    spec = quantizer.spec
-    return Marker(quantizer.name, quantizer.scale, spec.quant_min, spec.quant_max, spec.axis)
+    codes = _codes(quantizer, backend)
+    return Marker(quantizer.name, quantizer.scale, codes, quantizer.spec.axis)
 
 
-def _check_grid(quantizer: TensorQuantizer) -> None:
+def _codes(quantizer: TensorQuantizer, backend: Backend) -> Codes:
+    """Return how a file for ``backend`` stores the codes of an activation."""
     spec = quantizer.spec
-    if not spec.symmetric:
+    if not spec.symmetric and (spec.per_channel or not backend.zero_point):
+        what = "a zero point for each channel" if spec.per_channel else "a zero point"
         raise QatkitError(
-            f"{quantizer.name}: has a zero point, which TensorRT refuses (P2); "
+            f"{quantizer.name}: has {what}, which {backend.name} refuses (P2); "
             "use QuantSpec(symmetric=True)"
         )
-    if spec.quant_max > 127:
+    highest = 255 if backend.unsigned_int8 and not spec.signed else 127
+    if spec.quant_max > highest:
+        _refuse(quantizer, highest)
+    shift = 128 if spec.signed and backend.signed_codes == "uint8" else 0
+    zero_point = 0 if spec.symmetric else int(quantizer.zero_point)
+    unsigned = backend.signed_codes == "uint8" or (backend.unsigned_int8 and not spec.signed)
+    return Codes(spec.quant_min + shift, spec.quant_max + shift, zero_point + shift, unsigned)
+
+
+def _check_weight(quantizer: TensorQuantizer) -> None:
+    if not quantizer.spec.symmetric:
         raise QatkitError(
-            f"{quantizer.name}: codes up to {spec.quant_max} do not fit int8, "
-            "and opset 13..20 has no wider signed Q/DQ; use num_bits=8 and signed=True"
+            f"{quantizer.name}: has a zero point, and weights have none in the file (P2); "
+            "use QuantSpec(symmetric=True)"
         )
+    if quantizer.spec.quant_max > 127:
+        _refuse(quantizer, 127)
+
+
+def _refuse(quantizer: TensorQuantizer, highest: int) -> NoReturn:
+    kind = "uint8" if highest > 127 else "int8"
+    raise QatkitError(
+        f"{quantizer.name}: codes up to {quantizer.spec.quant_max} do not fit {kind}, "
+        "and opset 13..20 has no wider Q/DQ; use num_bits=8 and signed=True"
+    )
 
 
 def _name_quantizers(model: nn.Module) -> None:

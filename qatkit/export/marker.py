@@ -11,7 +11,7 @@ import contextlib
 import functools
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,33 +25,51 @@ _ATTENTION = "aten::scaled_dot_product_attention"
 _FIRST_SDPA_OPSET = 14
 
 
+class Codes(NamedTuple):
+    """The codes of a quantizer as a file stores them.
+
+    Attributes:
+        quant_min: lowest code.
+        quant_max: highest code.
+        zero_point: the code of 0.0, 0 per-channel.
+        unsigned: whether their type is uint8, else int8.
+    """
+
+    quant_min: int
+    quant_max: int
+    zero_point: int = 0
+    unsigned: bool = False
+
+    @property
+    def fill_type(self) -> bool:
+        """Whether every number of the type is a code, so that nothing else needs to clip."""
+        return self[:2] == ((0, 255) if self.unsigned else (-128, 127))
+
+
 class Marker(nn.Module):
     """Stands for one quantizer in a model that is being exported.
 
     Args:
         name: path of the quantizer.
         scale: () or (C,) float32.
-        quant_min: lowest code.
-        quant_max: highest code.
+        codes: how the file stores the codes.
         axis: axis of ``scale``, ``None`` for per-tensor.
     """
 
     step: Tensor
 
-    def __init__(
-        self, name: str, scale: Tensor, quant_min: int, quant_max: int, axis: int | None
-    ) -> None:
+    def __init__(self, name: str, scale: Tensor, codes: Codes, axis: int | None) -> None:
         """Keep what the operator needs."""
         super().__init__()
         self.name = name
-        self.grid = (quant_min, quant_max)
+        self.codes = codes
         self.axis = axis
         self.register_buffer("step", scale.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
         """Fake-quantize ``x`` by the marking operator."""
         axis = -1 if self.axis is None else self.axis % x.dim()
-        marked: Tensor = marking_operator()(x, self.step, *self.grid, axis, self.name)
+        marked: Tensor = marking_operator()(x, self.step, *self.codes, axis, self.name)
         return marked
 
 
@@ -60,8 +78,8 @@ def marking_operator() -> Callable[..., Any]:
     """Return the operator; it is registered with PyTorch at the first use."""
     library: Any = torch.library.Library("qatkit", "DEF")  # type: ignore[no-untyped-call]
     library.define(
-        "fake_quantize(Tensor x, Tensor scale, int quant_min, int quant_max, int axis, str name)"
-        " -> Tensor"
+        "fake_quantize(Tensor x, Tensor scale, int quant_min, int quant_max, int zero_point,"
+        " bool unsigned, int axis, str name) -> Tensor"
     )
     library.impl("fake_quantize", _compute, "CompositeExplicitAutograd")
     torch.library.register_fake(_SYMBOL, _shape, lib=library)
@@ -72,11 +90,18 @@ def marking_operator() -> Callable[..., Any]:
 
 
 def _compute(
-    x: Tensor, scale: Tensor, quant_min: int, quant_max: int, axis: int, name: str
+    x: Tensor,
+    scale: Tensor,
+    quant_min: int,
+    quant_max: int,
+    zero_point: int,
+    unsigned: bool,
+    axis: int,
+    name: str,
 ) -> Tensor:
     per_channel = None if axis < 0 else axis
-    zero_point = torch.zeros(scale.shape, dtype=torch.int32, device=scale.device)
-    return fake_quantize(x, scale, zero_point, quant_min, quant_max, per_channel).clone()
+    zeros = torch.full(scale.shape, zero_point, dtype=torch.int32, device=scale.device)
+    return fake_quantize(x, scale, zeros, quant_min, quant_max, per_channel).clone()
 
 
 def _shape(x: Tensor, *_: Any) -> Tensor:
@@ -127,7 +152,15 @@ def _is_known(name: str, opset: int) -> bool:
 
 
 def _marker_symbol(
-    g: Any, x: Any, scale: Any, quant_min: Any, quant_max: Any, axis: Any, name: Any
+    g: Any,
+    x: Any,
+    scale: Any,
+    quant_min: Any,
+    quant_max: Any,
+    zero_point: Any,
+    unsigned: Any,
+    axis: Any,
+    name: Any,
 ) -> Any:
     node = g.op(
         f"{DOMAIN}::{OPERATOR}",
@@ -135,6 +168,8 @@ def _marker_symbol(
         scale,
         quant_min_i=_constant(quant_min, "i", "quant_min"),
         quant_max_i=_constant(quant_max, "i", "quant_max"),
+        zero_point_i=_constant(zero_point, "i", "zero_point"),
+        unsigned_i=int(_constant(unsigned, "b", "unsigned")),
         axis_i=_constant(axis, "i", "axis"),
         name_s=_constant(name, "s", "name"),
     )

@@ -9,14 +9,13 @@ import numpy as np
 
 from qatkit.errors import QatkitError
 from qatkit.export.cleanup import remove_identities
-from qatkit.export.marker import DOMAIN, OPERATOR
+from qatkit.export.marker import DOMAIN, OPERATOR, Codes
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto
 
 SUFFIX_Q = "/QuantizeLinear"
 SUFFIX_DQ = "/DequantizeLinear"
-_INT8 = (-128, 127)
 _ORDER = "axes of the weight in the order "
 
 
@@ -26,17 +25,20 @@ class _Mark:
 
     name: str
     scale: Any
-    quant_min: int
-    quant_max: int
+    codes: Codes
     axis: int | None
+
+    def real(self, code: int) -> Any:
+        """Return the number that a code stands for."""
+        return np.float32(code - self.codes.zero_point) * self.scale
 
 
 def insert_qdq(model: ModelProto, *, int8_weights: bool) -> None:
     """Replace every marker by Q and DQ, in place.
 
     Identities go first: the exporter makes them between layers with one weight.
-    The same quantizer on the same tensor becomes one pair. Zero points are int8 zeros. A grid
-    narrower than int8 gets a Clip in front of Q. A weight, or another constant, becomes float -> Q
+    The same quantizer on the same tensor becomes one pair. A grid narrower than the type of its
+    codes gets a Clip in front of Q. A weight, or another constant, becomes float -> Q
     -> DQ, or with ``int8_weights`` int8 -> DQ. A transpose of a quantized weight is done on the
     weight.
 
@@ -172,7 +174,8 @@ class _Pass:
             return self._made[data, name]
         axis = attributes["axis"] if attributes["axis"] >= 0 else None
         scale = self._to_array(self._constant(node.input[1]))
-        mark = _Mark(name, scale, attributes["quant_min"], attributes["quant_max"], axis)
+        codes = Codes(*(attributes[field] for field in Codes._fields))
+        mark = _Mark(name, scale, codes, axis)
         if data in self._constants:
             result = self._weight(data, mark, transpose)
         else:
@@ -188,18 +191,20 @@ class _Pass:
             order = list(_attributes(transpose)["perm"])
             weight = np.ascontiguousarray(weight.transpose(order))
             axis = None if mark.axis is None else order.index(mark.axis)
-            mark = _Mark(mark.name, mark.scale, mark.quant_min, mark.quant_max, axis)
+            mark = _Mark(mark.name, mark.scale, mark.codes, axis)
         base = self._base(mark.name)
         scale, zero = self._grid(base, mark)
         shape = [-1 if d == mark.axis else 1 for d in range(weight.ndim)]
         step = np.float32(mark.scale) if mark.axis is None else mark.scale.reshape(shape)
-        integers = np.clip(np.rint(weight * (1 / step)), mark.quant_min, mark.quant_max)
+        lowest, highest, center, unsigned = mark.codes
+        integers = np.clip(np.rint(weight * (1 / step)), lowest - center, highest - center)
         if not self._int8_weights:
             self._add_constant(f"{base}.weight", integers * step)
             codes = self._node("QuantizeLinear", [f"{base}.weight", scale, zero], base, mark.axis)
         else:
             codes = f"{base}.codes"
-            self._add_constant(codes, integers.astype(np.int8))
+            stored = (integers + center).astype(np.uint8 if unsigned else np.int8)
+            self._add_constant(codes, stored)
         result = self._node("DequantizeLinear", [codes, scale, zero], base, mark.axis)
         if transpose is not None:
             self._nodes[-1].doc_string = f"{_ORDER}{' '.join(map(str, order))}"
@@ -208,8 +213,8 @@ class _Pass:
     def _activation(self, data: str, mark: _Mark) -> str:
         base = self._base(mark.name)
         scale, zero = self._grid(base, mark)
-        if (mark.quant_min, mark.quant_max) != _INT8:
-            low, high = (np.float32(code) * mark.scale for code in (mark.quant_min, mark.quant_max))
+        if not mark.codes.fill_type:
+            low, high = (mark.real(code) for code in mark.codes[:2])
             self._add_constant(f"{base}.low", np.asarray(low, np.float32))
             self._add_constant(f"{base}.high", np.asarray(high, np.float32))
             data = self._node("Clip", [data, f"{base}.low", f"{base}.high"], base, None)
@@ -222,10 +227,12 @@ class _Pass:
         return f"{name}#{number}" if number else name
 
     def _grid(self, base: str, mark: _Mark) -> tuple[str, str]:
-        """Add the scale and the int8 zero point."""
+        """Add the scale and the zero point, whose type is that of the codes."""
         scale = np.asarray(mark.scale, np.float32)
+        kind = np.uint8 if mark.codes.unsigned else np.int8
         self._add_constant(f"{base}.scale", scale)
-        self._add_constant(f"{base}.zero_point", np.zeros(scale.shape, np.int8))
+        zero_point = np.full(scale.shape, mark.codes.zero_point, kind)
+        self._add_constant(f"{base}.zero_point", zero_point)
         return f"{base}.scale", f"{base}.zero_point"
 
     def _node(self, kind: str, inputs: list[str], base: str, axis: int | None) -> str:

@@ -31,7 +31,10 @@ _SELECTING = frozenset({"NonMaxSuppression", "NonZero", "TopK", "Unique"})
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """What one call of a quantizer got and gave in the model, and its scale, to broadcast."""
+    """What one call of a quantizer got and gave in the model, and its scale, to broadcast.
+
+    The codes are those less the zero point.
+    """
 
     source: Tensor
     result: Array
@@ -69,7 +72,8 @@ def watch(model: nn.Module) -> Iterator[dict[str, list[Seen]]]:
             return
         scale = torch.as_tensor(along(quantizer.scale, result, quantizer.spec.axis))
         codes = torch.round(result / scale).to(torch.int32)
-        calls.append(Seen(given[0], result.numpy(), codes.numpy(), scale.numpy()))
+        kept = result.numpy().copy()  # an activation behind it may write to the result
+        calls.append(Seen(given[0], kept, codes.numpy(), scale.numpy()))
 
     for path, quantizer in quantizers(model):
         quantizer.name = quantizer.name or path
@@ -110,7 +114,7 @@ def run_forced(
     Raises:
         QatkitError: the file has a quantizer that the model has not.
     """
-    from onnx import TensorProto, helper
+    from onnx import helper
 
     calls = _pairs(proto, seen, path)
     constants = Constants(proto)
@@ -123,9 +127,8 @@ def run_forced(
         shape = [None] * call.result.ndim
         kind = helper.np_dtype_to_tensor_dtype(constants[dq.input[1]].dtype)
         forced.graph.input.append(helper.make_tensor_value_info(given[dq.output[0]], kind, shape))
-        forced.graph.output.append(
-            helper.make_tensor_value_info(q.output[0], TensorProto.INT8, None)
-        )
+        codes = helper.np_dtype_to_tensor_dtype(constants[q.input[2]].dtype)
+        forced.graph.output.append(helper.make_tensor_value_info(q.output[0], codes, None))
     feeds = feeds | {
         given[dq.output[0]]: call.result.astype(constants[dq.input[1]].dtype)
         for _, dq, call in calls

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from qatkit.graph.capture import Call, Value
-from qatkit.graph.plan import join_path
-from qatkit.graph.readers import Reader, Reading, function_path
+from qatkit.graph.readers import Reading, function_path
 from qatkit.graph.residual import is_join, place_join
-from qatkit.nn.registry import swappable
 
 
 def read_joins(reading: Reading) -> None:
@@ -38,30 +36,14 @@ def read_pools(reading: Reading) -> None:
     for call in reversed(reading.capture.operators):
         if not _is_pool(reading, call):
             continue
-        where = function_path(call)
-        reason = f"F7: {call.kind} between quantized layers"
-        if not any(reading.is_read(value) for value in call.results):
-            reading.skip(where, f"F7: {call.kind} without a quantized layer behind it")
-        elif call.module is None or not swappable(call.module) or _is_called_often(reading, call):
-            reading.read_by_function(call, call.inputs[0], reason)
+        if (call, call.inputs[0]) in reading.reads:
+            continue
+        if any(reading.is_read(value) for value in call.results):
+            reason = f"F7: {call.kind} between quantized layers"
+            reading.read_by_call(call, call.inputs[0], reason)
         else:
-            _pool(reading, call, reason)
-
-
-def _pool(reading: Reading, call: Call, reason: str) -> None:
-    """Let a pooling layer quantize its own input."""
-    path = join_path(call.name, "input_quantizer")
-    spec = reading.config.spec(path, "activation")
-    if spec is None:
-        reading.skip(call.name, "disabled by a rule")
-        return
-    reading.layers[call.name] = type(call.module).__name__
-    values = (call.inputs[0],)
-    reading.read(Reader(call.name, path, (call,), values, spec, reason, is_layer=True))
-
-
-def _is_called_often(reading: Reading, call: Call) -> bool:
-    return len(reading.levels.calls[call.name]) > 1
+            where = function_path(call)
+            reading.skip(where, f"F7: {call.kind} without a quantized layer behind it")
 
 
 def _is_pool(reading: Reading, call: Call) -> bool:

@@ -83,8 +83,12 @@ def _weighted(reading: Reading) -> Iterator[str]:
         if module is None or calls[0].kind == "Block":
             continue
         slots = slots_of(module)
-        if slots.parameters or slots.layers:
+        if (slots.parameters or slots.layers) and not _unknown_to_engine(reading, calls[0].kind):
             yield path
+
+
+def _unknown_to_engine(reading: Reading, kind: str) -> bool:
+    return kind.startswith("Conv") and kind not in reading.backend.weighted
 
 
 class _Layer:
@@ -192,5 +196,7 @@ def _other(reading: Reading, path: str, module: nn.Module, kind: str) -> None:
         reading.skip(path, own_forward(type(module)))
     elif refusal(module):
         reading.skip(path, refusal(module))
+    elif _unknown_to_engine(reading, kind):
+        reading.skip(path, f"{reading.backend.name} has no INT8 {kind}")
     elif kind == "Other" and any(True for _ in module.parameters()):
         reading.skip(path, f"no quantized form of this layer ({type(module).__name__})")

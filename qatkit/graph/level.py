@@ -22,6 +22,7 @@ from qatkit.graph.kinds import function_name
 from qatkit.graph.plain_forwards import plain_forward
 from qatkit.graph.structure import Template, flatten, rebuildable, unflatten
 from qatkit.graph.tracer import LevelTracer, Returns, of_form, returned_form
+from qatkit.quantizer import TensorQuantizer
 
 
 class LevelError(QatkitError):
@@ -294,7 +295,10 @@ def _stand_in(block: nn.Module, training: bool) -> nn.Module:
     """Return an object with the state of ``block``: own containers, same children and tensors."""
     twin = nn.Module()
     for name, state in block.__dict__.items():
-        if name in ("_modules", "_parameters", "_buffers"):
+        if name == "_modules":  # a forward that walks over the children knows no quantizers
+            own = {key: child for key, child in state.items() if type(child) is not TensorQuantizer}
+            twin.__dict__[name] = own
+        elif name in ("_parameters", "_buffers"):
             twin.__dict__[name] = dict(state)
         elif name.endswith("_hooks") or name.startswith("_qatkit"):
             continue

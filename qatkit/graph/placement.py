@@ -9,9 +9,11 @@ from qatkit.graph.folds import find_folds
 from qatkit.graph.joins import read_gates, read_joins, read_pools
 from qatkit.graph.layers import name_unreached, read_layers
 from qatkit.graph.levels import Levels
+from qatkit.graph.nonnegative import nonnegative_values, with_unsigned
 from qatkit.graph.plan import LayerPlan, Plan, QuantizerPlan, join_path
 from qatkit.graph.products import read_products
 from qatkit.graph.readers import Reading
+from qatkit.graph.results import read_operands, read_results
 from qatkit.graph.scale_groups import find_groups
 from qatkit.graph.sharing import Sharing, share
 
@@ -26,8 +28,10 @@ def place(capture: Capture, config: QuantConfig) -> Plan:
     read_layers(reading)
     read_products(reading)
     read_joins(reading)
+    read_results(reading)
     read_gates(reading)
     read_pools(reading)
+    read_operands(reading)
     name_unreached(reading)
     config.check_patterns(_paths(reading))
     sharing = share(reading)
@@ -40,12 +44,16 @@ def place(capture: Capture, config: QuantConfig) -> Plan:
     groups = find_groups(
         capture, sharing.values, reading.backend, share_concat=config.share_concat_scales
     )
+    groups = _same_grid(groups, quantizers)
+    if config.unsigned_activations:
+        nonnegative = nonnegative_values(capture)
+        quantizers = with_unsigned(quantizers, sharing.values, groups, nonnegative, reading.backend)
     return Plan(
         config,
         _layers(reading, sharing, find_folds(capture)),
         quantizers,
         tuple(sharing.blocks),
-        _same_grid(groups, quantizers),
+        groups,
         (*reading.skipped, *sharing.skipped),
         len(capture.root.template[1]) - 1,
     )

@@ -186,7 +186,8 @@ def _row(entry: QuantizerPlan) -> tuple[str, str, str, str]:
     spec = entry.spec
     observer = spec.observer if spec.axis is None else f"{spec.observer}, axis {spec.axis}"
     shared = f"; also {', '.join(entry.aliases)}" if entry.aliases else ""
-    return entry.path, str(spec.num_bits), observer, entry.reason + shared
+    bits = f"{spec.num_bits}" if spec.signed else f"{spec.num_bits} unsigned"
+    return entry.path, bits, observer, entry.reason + shared
 
 
 def table(rows: Iterable[tuple[str, ...]]) -> list[str]:

@@ -6,15 +6,21 @@ The rules of the backend are applied to a recorded run: `qatkit.graph.layers` to
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+
+from torch import nn
 
 from qatkit.backend import Backend, get_backend
 from qatkit.config import QuantConfig, Role
 from qatkit.graph.capture import Call, Capture, Value
 from qatkit.graph.levels import Levels
 from qatkit.graph.plan import QuantizerPlan, Skip, join_path
+from qatkit.nn.registry import swappable
 from qatkit.spec import QuantSpec
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,18 +118,52 @@ class Reading:
             block = call.parent.name if call.parent is not None else ""
             self.read(Reader(block, path, (call,), (value,), spec, reason))
 
+    def read_by_call(self, call: Call, value: Value, reason: str) -> None:
+        """Let a call read an input through the quantizer of its layer, else of the block around.
+
+        Where the layer writes to its input, only the block can see who else reads what it wrote.
+        """
+        module = call.module
+        own = module is not None and swappable(module) and value not in call.writes
+        if not own or len(self.levels.calls[call.name]) > 1:
+            self.read_by_function(call, value, reason)
+            return
+        path = join_path(call.name, "input_quantizer")
+        spec = self.config.spec(path, "activation")
+        if spec is None:
+            self.skip(call.name, "disabled by a rule")
+            return
+        self.layers[call.name] = type(module).__name__
+        self.read(Reader(call.name, path, (call,), (value,), spec, reason, is_layer=True))
+
+    @property
+    def reads(self) -> set[tuple[Call, Value]]:
+        """Which call reads which value through a quantizer."""
+        return {
+            pair
+            for reader in self._readers.values()
+            for pair in zip(reader.calls, reader.values, strict=True)
+        }
+
     def _free_path(self, call: Call, value: Value) -> str:
-        """Return a path for a quantizer of ``call`` that none of its other operands has."""
-        path = quantizer_path(call, value)
-        taken = self._readers.get((path, function_path(call)))
-        if taken is None or call not in taken.calls:
-            return path
-        stem = path.removesuffix("_quantizer")
-        return f"{stem}_input_{call.inputs.index(value)}_quantizer"
+        """Return a path for a quantizer of ``call`` that no other operand in its block has."""
+        first = quantizer_path(call, value)
+        stem = first.removesuffix("_quantizer")
+        operand = f"{stem}_input_{call.inputs.index(value)}_quantizer"
+        numbered = (f"{stem}_{n}_quantizer" for n in itertools.count(1))
+        here = {
+            reader.quantizer
+            for reader in self._readers.values()
+            if any(other.parent is call.parent for other in reader.calls)
+        }
+        several = () if call.module is not None else (operand,)
+        return next(
+            path for path in itertools.chain((first,), several, numbered) if path not in here
+        )
 
     def is_read(self, value: Value) -> bool:
         """Tell whether a quantizer reads ``value``, at once or behind operators that only copy."""
-        reads = {(call, v) for r in self._readers.values() for call in r.calls for v in r.values}
+        reads = self.reads
         todo, seen = [value], set()
         while todo:
             current = todo.pop()
@@ -157,8 +197,13 @@ def function_path(call: Call) -> str:
 
 
 def quantizer_path(call: Call, value: Value) -> str:
-    """Return the path of the quantizer that a call owns for one of its inputs."""
+    """Return the path of the quantizer that a call owns for one of its inputs.
+
+    That of a module in a container stands in the module: a container is the list of its children.
+    """
     if call.module is not None:
+        if call.parent is not None and isinstance(call.parent.module, _CONTAINERS):
+            return join_path(call.name, "input_quantizer")
         parent = call.parent.name if call.parent is not None else ""
         leaf = call.name.rsplit(".", 1)[-1]
         return join_path(parent, f"{leaf}_quantizer")

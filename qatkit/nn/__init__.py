@@ -1,5 +1,19 @@
 """Drop-in quantized layers, with the arguments, parameters and keys of those in ``torch.nn``."""
 
+from qatkit.nn.activation import (
+    QuantELU,
+    QuantGELU,
+    QuantHardsigmoid,
+    QuantHardswish,
+    QuantLeakyReLU,
+    QuantMish,
+    QuantReLU,
+    QuantReLU6,
+    QuantSigmoid,
+    QuantSiLU,
+    QuantSoftplus,
+    QuantTanh,
+)
 from qatkit.nn.attention import QuantMultiheadAttention
 from qatkit.nn.conv import QuantConv1d, QuantConv2d, QuantConv3d
 from qatkit.nn.conv_transpose import (
@@ -38,19 +52,31 @@ __all__ = [
     "QuantConvTranspose1d",
     "QuantConvTranspose2d",
     "QuantConvTranspose3d",
+    "QuantELU",
     "QuantEmbedding",
     "QuantEmbeddingBag",
+    "QuantGELU",
     "QuantGRU",
     "QuantGRUCell",
+    "QuantHardsigmoid",
+    "QuantHardswish",
     "QuantLSTM",
     "QuantLSTMCell",
+    "QuantLeakyReLU",
     "QuantLinear",
     "QuantMaxPool1d",
     "QuantMaxPool2d",
     "QuantMaxPool3d",
+    "QuantMish",
     "QuantMultiheadAttention",
     "QuantRNN",
     "QuantRNNCell",
+    "QuantReLU",
+    "QuantReLU6",
     "QuantShiftedWindowAttention",
+    "QuantSiLU",
+    "QuantSigmoid",
+    "QuantSoftplus",
+    "QuantTanh",
     "TensorQuantizer",
 ]

@@ -56,6 +56,7 @@ def rules() -> tuple[Rule, ...]:
     from qatkit.export.lint.operand_rules import OPERAND_RULES
     from qatkit.export.lint.parse_rules import PARSE_RULES
     from qatkit.export.lint.residual_rules import RESIDUAL_RULES
+    from qatkit.export.lint.result_rules import RESULT_RULES
     from qatkit.export.lint.size_rules import SIZE_RULES
     from qatkit.export.lint.weight_rules import WEIGHT_RULES
 
@@ -65,6 +66,7 @@ def rules() -> tuple[Rule, ...]:
         *WEIGHT_RULES,
         *FUSION_RULES,
         *RESIDUAL_RULES,
+        *RESULT_RULES,
         *LAYOUT_RULES,
         *ATTENTION_RULES,
         *SIZE_RULES,

@@ -149,7 +149,7 @@ def _mix(view: GraphView, tensor: str, backend: Backend) -> Node | None:
 
 def check_attention(view: GraphView, backend: Backend) -> Iterator[Finding]:
     """F13: an INT8 attention quantizes both matmuls and what follows, within the fusion's sizes."""
-    for first, softmax, second in attentions(view, backend):
+    for first, softmax, second in attentions(view, backend) if backend.attention_head_sizes else ():
         flags = [is_int8(view, one, backend) for one in (first, second)]
         if not any(flags):
             continue  # F1 reports float matmuls

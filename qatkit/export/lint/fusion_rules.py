@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from qatkit.backend import Backend
 from qatkit.export.lint.finding import Finding
 from qatkit.export.lint.graph_view import GraphView, Node
+from qatkit.export.lint.result_rules import follows_result
 from qatkit.export.lint.rule import Rule
 from qatkit.export.lint.walks import (
     CONVS,
@@ -186,6 +187,9 @@ def check_int8_in_float_out(view: GraphView, backend: Backend) -> Iterator[Findi
             continue
         if not all(is_quantized(view, name, backend) for name in data):
             continue
+        sources = [dq_behind(view, name, backend) for name in data]
+        if any(one is not None and follows_result(view, one, backend) for one in sources):
+            continue  # F20 asks for that quantizer
         if not quantizers_after(view, node.output, backend, through=through):
             remedy = "quantize its output for a quantized reader, else leave its input float"
             text = f"{node.op} has INT8 in and float out"

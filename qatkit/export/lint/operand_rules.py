@@ -28,7 +28,7 @@ WEIGHT_ONLY_TYPES = frozenset({"int4", "uint4", "float4e2m1"})
 
 def check_bias(view: GraphView, backend: Backend) -> Iterator[Finding]:
     """P5: the bias is a float initializer, never behind a DequantizeLinear."""
-    for node in view.nodes:
+    for node in view.nodes if backend.float_bias else ():
         if node.domain:
             continue
         bias = ""
@@ -78,7 +78,7 @@ def _is_weight_only(view: GraphView, tensor: str, backend: Backend) -> bool:
 
 def check_graph_outputs(view: GraphView, backend: Backend) -> Iterator[Finding]:
     """B1: no graph output is the output of a Q or DQ."""
-    if view.parent is not None:
+    if view.parent is not None or not backend.float_outputs:
         return
     for name in view.outputs:
         node = real_producer(view, name)

@@ -34,7 +34,7 @@ def check_operators(view: GraphView, backend: Backend) -> Iterator[Finding]:
     """P1: only standard QuantizeLinear and DequantizeLinear."""
     from onnx import defs
 
-    for node in view.nodes:
+    for node in () if backend.integer_operators else view.nodes:
         # PyTorch's exporter hides operators it does not know in one called ATen.
         called = f"{node.op} {node.attribute('operator', '')}".rstrip()
         if node.domain == "" and INTEGER_OP.search(node.op):
@@ -77,7 +77,8 @@ def check_code_types(view: GraphView, backend: Backend) -> Iterator[Finding]:
     allowed = backend.code_types | ({"uint8"} if backend.unsigned_int8 else set())
     remedy = "use int8 codes and an int8 zero point of 0, also after ReLU"
     for node in qdq_nodes(view):
-        if node.is_q and not node.input(2) and not node.attribute("output_dtype", 0):
+        written = node.input(2) or node.attribute("output_dtype", 0)
+        if node.is_q and not written and not backend.unsigned_int8:
             text = "no zero point, which means uint8 in ONNX"
             yield Finding("P3", "ERROR", node.name, text, remedy="write an int8 zero point of 0")
             continue

@@ -35,7 +35,7 @@ def matmul_sizes(view: GraphView, node: Node) -> tuple[int | None, int | None, i
 
 def check_small_matmuls(view: GraphView, backend: Backend) -> Iterator[Finding]:
     """F14: INT8 does not pay for a matrix-vector product, nor for K or N < 16."""
-    for node in weighted_nodes(view, backend):
+    for node in weighted_nodes(view, backend) if backend.min_channels else ():
         if node.op not in ("Gemm", "MatMul") or weight_input(view, node) is None:
             continue
         if not is_int8(view, node, backend):
@@ -53,7 +53,7 @@ def check_small_matmuls(view: GraphView, backend: Backend) -> Iterator[Finding]:
 
 def check_few_channels(view: GraphView, backend: Backend) -> Iterator[Finding]:
     """F15: INT8 convolutions want 16 channels, or 8-aligned ones in the first layer."""
-    for node in weighted_nodes(view, backend):
+    for node in weighted_nodes(view, backend) if backend.min_channels else ():
         shape = view.shape(node.input(1))
         if node.op != "Conv" or shape is None or not is_int8(view, node, backend):
             continue
