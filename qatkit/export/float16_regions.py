@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from qatkit.errors import QatkitError
 from qatkit.export.graph_editor import subgraphs, title
-from qatkit.export.half_precision import MOST, fits_half, overflows_half
+from qatkit.export.half_precision import MOST, fits_half, largest_value
 from qatkit.export.opset_conversion import schema_of, type_string
 
 if TYPE_CHECKING:
@@ -100,10 +100,11 @@ class Regions:
         if node.op_type not in QUANTIZING:
             return False
         scale = self._constants[node.input[1]]
-        if overflows_half(scale):
+        largest = largest_value(scale, self._constants[node.input[2]].dtype)
+        if largest > MOST:
             name = title(node).rpartition("/")[0]
             raise QatkitError(
-                f"{name}: its range of {128 * float(scale.max()):g} is beyond the {MOST:g} of "
+                f"{name}: its range of {largest:g} is beyond the {MOST:g} of "
                 "float16; give precision='float32' or a narrower range"
             )
         return not fits_half(scale)

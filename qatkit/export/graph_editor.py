@@ -102,6 +102,15 @@ def _without_weights(model: ModelProto) -> ModelProto:
     return light
 
 
+def optional_input(node: NodeProto, index: int) -> str:
+    """Return the name of an input, ``""`` where it is left out."""
+    return node.input[index] if index < len(node.input) else ""
+
+
+class CannotRewriteError(Exception):
+    """A node has no counterpart; the message says what stands in the way."""
+
+
 class GraphEditor:
     """Rewrites the nodes of a model one by one, those inside If, Loop and Scan too.
 
@@ -180,6 +189,17 @@ class GraphEditor:
         tensor = self._constants.get(name)
         return None if tensor is None else numpy_helper.to_array(tensor)
 
+    def known_constant(self, name: str, what: str) -> Array:
+        """Return the value of a constant; raise CannotRewriteError for any other tensor."""
+        value = self.constant(name)
+        if value is None:
+            raise CannotRewriteError(f"its {what} are computed")
+        return value
+
+    def number(self, node: NodeProto, value: float) -> str:
+        """Add a constant scalar of the type of the first input of ``node``."""
+        return self.add_constant(node, np.asarray(value, self.numpy_dtype(node.input[0])))
+
     def dtype(self, name: str) -> int:
         """Return the element type, 0 if unknown."""
         found = self._types.get(name)
@@ -198,3 +218,10 @@ class GraphEditor:
             return None
         dims = found.tensor_type.shape.dim
         return tuple(dim.dim_value if dim.HasField("dim_value") else None for dim in dims)
+
+    def rank(self, name: str) -> int:
+        """Return the number of dimensions; raise CannotRewriteError if it is unknown."""
+        shape = self.shape(name)
+        if shape is None:
+            raise CannotRewriteError("the rank of its input is unknown")
+        return len(shape)

@@ -41,9 +41,10 @@ def fits_half(scale: Array) -> bool:
     return bool(254 * error.max(initial=0) <= wide.max(initial=0))
 
 
-def overflows_half(scale: Array) -> bool:
-    """Tell whether the largest value of an int8 grid is beyond float16."""
-    return bool(128 * np.max(scale, initial=0) > MOST)
+def largest_value(scale: Array, codes: Any) -> float:
+    """Return the largest value on a grid of ``codes``, int8 or uint8."""
+    limits = np.iinfo(codes)
+    return float(max(-limits.min, limits.max) * np.max(scale, initial=0))
 
 
 def half_constant(values: Array) -> Array | None:

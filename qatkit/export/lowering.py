@@ -202,7 +202,7 @@ def _refuse(quantizer: TensorQuantizer, highest: int) -> NoReturn:
     kind = "uint8" if highest > 127 else "int8"
     raise QatkitError(
         f"{quantizer.name}: codes up to {quantizer.spec.quant_max} do not fit {kind}, "
-        "and opset 13..20 has no wider Q/DQ; use num_bits=8 and signed=True"
+        "and ONNX has no wider Q/DQ there; use num_bits=8 and signed=True"
     )
 
 

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from qatkit.errors import QatkitError
 from qatkit.export.graph_editor import (
+    CannotRewriteError,
     GraphEditor,
     all_graphs,
     attributes_of,
     infer_types,
     title,
 )
-from qatkit.export.opset_rewrites import DOWN, UP, CannotRewriteError
+from qatkit.export.opset_rewrites import DOWN, UP
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
