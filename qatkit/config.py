@@ -280,7 +280,7 @@ def _check_backend(spec: QuantSpec, role: Role, where: str, backend: Backend) ->
             f"{where}: signed=False with {spec.num_bits} bits, {backend.name} runs int8"
             f"{' weights' if backend.unsigned_int8 else ''}; use signed=True"
         )
-    if "activation" in where and spec.per_channel:
+    if role == "activation" and spec.per_channel:
         raise QatkitError(
             f"{where}: axis={spec.axis} on an activation, engines want per-tensor; use axis=None"
         )
