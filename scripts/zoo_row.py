@@ -128,7 +128,11 @@ def _export_one(
 ) -> None:
     """Write, check, lint and verify one file, and add to the counts."""
     with course.phase("export"):
-        qatkit.export_onnx(model, inputs, path, opset=opset, lint=False, verify=False)
+        large = sum(p.numel() for p in model.parameters()) * 4 > 1.9e9  # the limit of protobuf
+        weights = "int8" if large else "float"
+        qatkit.export_onnx(
+            model, inputs, path, opset=opset, weights=weights, lint=False, verify=False
+        )
     with course.phase("check"):
         onnx.checker.check_model(str(path), full_check=True)
     with course.phase("lint"):

@@ -9,5 +9,5 @@ def too_large(name: str, error: Exception) -> QatkitError:
     """Return what to raise where protobuf's limit of 2 GB is exceeded."""
     return QatkitError(
         f"{name}: has more than the 2 GB of one ONNX file ({shorten(str(error))}); "
-        "export the model in parts"
+        "give weights='int8', or export the model in parts"
     )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import io
+import tempfile
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -38,15 +39,22 @@ def _missing() -> str:
 
 
 def _write(model: Traceable, opset: int) -> ModelProto:
-    """Return the file, as the interface says."""
+    """Return the file, as the interface says.
+
+    It goes through a folder: there the exporter puts the weights of a large model beside it.
+    """
     import onnx
 
-    buffer: Any = io.BytesIO()
-    with exportable(opset), _one_line_errors(model.name, opset):
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        exportable(opset),
+        _one_line_errors(model.name, opset),
+    ):
+        path = Path(folder) / "model.onnx"
         torch.onnx.export(
             model.module,
             model.tensors,
-            buffer,
+            str(path),
             opset_version=opset,
             dynamo=False,
             input_names=list(model.input_names),
@@ -54,7 +62,7 @@ def _write(model: Traceable, opset: int) -> ModelProto:
             dynamic_axes={name: dict(axes) for name, axes in model.batch_axes.items()},
             custom_opsets={DOMAIN: 1},
         )
-    return onnx.load_model_from_string(buffer.getvalue())
+        return onnx.load(path)
 
 
 @contextlib.contextmanager
