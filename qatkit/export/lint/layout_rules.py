@@ -165,6 +165,9 @@ def check_shared_tensors(view: GraphView, backend: Backend) -> Iterator[Finding]
     for one in activation_quantizers(view):
         by_tensor.setdefault(_real_tensor(view, one.input(0)), []).append(one)
     for tensor, (quantize, *rest) in by_tensor.items():
+        maker = view.producer(tensor)
+        if maker is not None and maker.op == "ConstantOfShape":
+            continue  # one start state of several recurrent layers
         differing = [one for one in rest if same_scale(view, quantize, one) is False]
         if differing:
             scales = dict.fromkeys(show_scale(view, one) for one in (quantize, *differing))
