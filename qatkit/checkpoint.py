@@ -29,6 +29,7 @@ from qatkit.nn.batchnorm import (
     statistics_are_frozen,
     thaw_statistics,
 )
+from qatkit.nn.functions import FUNCTIONS
 from qatkit.prepare import apply_plan, plan_of
 from qatkit.quantizer import Observe
 from qatkit.version import __version__
@@ -269,7 +270,17 @@ def _check_plan(plan: Plan, model: nn.Module) -> None:
 
     The names become code when blocks are rewritten, so those of a file are not taken on trust.
     """
-    modules = dict(model.named_modules())
+    modules = {path for path, _ in model.named_modules()}
+    for block in plan.blocks:
+        for replaced in block.replacements:
+            parent, _, name = f"{block.path}.{replaced.module}".lstrip(".").rpartition(".")
+            fits = parent in modules and name.isidentifier() and replaced.function in FUNCTIONS
+            if not fits:
+                raise QatkitError(
+                    f"puts {replaced.module!r} for {replaced.function!r} into {block.path!r}, "
+                    f"which fits nowhere in {type(model).__name__}; build the same float model"
+                )
+            modules.add(f"{parent}.{name}".lstrip("."))
     known = {path for entry in plan.quantizers for path in (entry.path, *entry.aliases)}
     for path in known:
         parent, _, name = path.rpartition(".")

@@ -181,6 +181,7 @@ class _Matcher:
         self._pending = list(call.children)
         self._values: dict[fx.Node, Any] = {}
         self._calls: dict[fx.Node, Call] = {}
+        self._items: dict[Value, list[Value]] = {}
 
     def run(self, given: list[Any]) -> tuple[dict[fx.Node, Any], dict[fx.Node, Call]]:
         inputs = iter(given)
@@ -224,6 +225,8 @@ class _Matcher:
         if name == "getitem" and isinstance(self._values.get(source), tuple | list | dict):
             self._values[node] = self._values[source][node.args[1]]
             return
+        if name == "getitem" and self._take_item(node, source):
+            return
         for skipped, call in enumerate(self._pending):
             if call.module is None and call.name == name and self._reads(node, call):
                 del self._pending[: skipped + 1]
@@ -231,6 +234,20 @@ class _Matcher:
                 return
             if not _constant(call):
                 return
+
+    def _take_item(self, node: fx.Node, source: Any) -> bool:
+        """Match one item of ``a, b, c = tensor``: the recorded run unbinds the tensor at once."""
+        value = self._values.get(source)
+        if type(node.args[1]) is not int or not isinstance(value, Value):
+            return False
+        pending = next((call for call in self._pending if not _constant(call)), None)
+        if pending is not None and pending.name == "unbind" and pending.inputs[0] is value:
+            del self._pending[: self._pending.index(pending) + 1]
+            self._items[value] = pending.results
+        if value not in self._items:
+            return False
+        self._values[node] = self._items[value][node.args[1]]
+        return True
 
     def _reads(self, node: fx.Node, call: Call) -> bool:
         """Tell whether the node reads the values that the call read.

@@ -158,6 +158,39 @@ def test_a_plan_with_modules_for_functions_survives_json():
     assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
 
 
+@pytest.mark.parametrize("way", ["sdpa", "matmul", "einsum"])
+def test_a_saved_model_loads(way, tmp_path):
+    def build():
+        return nn.Sequential(nn.Linear(16, 16), Attention(way), nn.Linear(16, 4)).eval()
+
+    model = qatkit.prepare(build(), TOKENS)
+    qatkit.calibrate(model, [TOKENS], progress=False)
+    qatkit.save(model, tmp_path / "a.safetensors")
+    again = qatkit.load(build(), tmp_path / "a.safetensors")
+    assert torch.equal(again(TOKENS), model(TOKENS))
+
+
+class Unpacks(nn.Module):
+    """Queries, keys and values by iterating over a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, x):
+        n, length, size = x.shape
+        q, k, v = self.qkv(x).reshape(n, length, 3, 4, size // 4).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v)
+        return x + self.proj(y.transpose(1, 2).reshape(n, length, size))
+
+
+def test_a_tensor_that_is_unpacked(tmp_path):
+    model = nn.Sequential(nn.Linear(16, 16), Unpacks(), nn.Linear(16, 4)).eval()
+    assert not qatkit.plan(model, TOKENS).skipped
+    qatkit.prepare(model, TOKENS)
+    assert products(exported(model, TOKENS, tmp_path / "a.onnx")) == [2] * 6
+
+
 class Gate(nn.Module):
     """Squeeze-and-excitation."""
 
