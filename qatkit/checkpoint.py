@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -284,7 +285,7 @@ def _check_plan(plan: Plan, model: nn.Module) -> None:
     known = {path for entry in plan.quantizers for path in (entry.path, *entry.aliases)}
     for path in known:
         parent, _, name = path.rpartition(".")
-        if parent not in modules or not name.isidentifier():
+        if parent not in modules or not re.fullmatch(r"\w+", name):
             raise QatkitError(
                 f"has a quantizer {path!r} that fits nowhere in {type(model).__name__}; "
                 "build the same float model"

@@ -16,6 +16,7 @@ from qatkit.nn.batchnorm import (
     thaw_statistics,
 )
 from qatkit.nn.weights import Weight, weights_of
+from qatkit.prepare import plan_of
 from qatkit.quantizer import TensorQuantizer
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ def freeze_ranges(model: nn.Module) -> Mode:
                 "qatkit.calibrate(model, data) or train first, "
                 f"or qatkit.disable_quantization(model, {missing[0]!r}).apply()"
             )
-        return _freeze([quantizer for _, quantizer in quantizers(model)], list(weights_of(model)))
+        return _freeze(list(_freezable(model).values()), list(weights_of(model)))
 
     return Mode(change)
 
@@ -83,7 +84,7 @@ def freeze_known_ranges(model: nn.Module, *, keep_weight_ranges: bool = False) -
     weights = list(weights_of(model))
     if keep_weight_ranges:
         weights = [weight for weight in weights if not weight.quantizer.calibrated]
-    _freeze([each for path, each in quantizers(model) if path not in missing], weights)
+    _freeze([each for path, each in _freezable(model).items() if path not in missing], weights)
 
 
 def freeze_batch_norm(model: nn.Module) -> Mode:
@@ -122,6 +123,17 @@ def freeze_batch_norm(model: nn.Module) -> Mode:
         return undo
 
     return Mode(change)
+
+
+def _freezable(model: nn.Module) -> dict[str, TensorQuantizer]:
+    """Return the quantizers by path, but those of weights that a forward computes.
+
+    Their range is that of the weight at hand, which only the next forward knows.
+    """
+    plan = plan_of(model)
+    weights = {entry.path for entry in plan.quantizers if entry.role == "weight"} if plan else set()
+    computed = weights - {weight.path for weight in weights_of(model)}
+    return {path: each for path, each in quantizers(model) if path not in computed}
 
 
 def _without_range(model: nn.Module) -> list[str]:

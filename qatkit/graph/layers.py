@@ -107,30 +107,33 @@ class _Layer:
         self._edge = "; first or last layer (F16)" if bits else ""
 
     def read(self) -> None:
-        slots = slots_of(self._module)
+        slots, reading = slots_of(self._module), self._reading
         inputs = {name: self._spec(name, "activation") for name in slots.inputs}
-        children = {name: self._module.get_submodule(name) for name in slots.layers}
         weights = [self._weight("", name, self._module) for name in slots.parameters]
-        weights += [self._weight(name, "weight", child) for name, child in children.items()]
-        inner = [*slots.inner, *((join_path(name, "input_quantizer"),) for name in children)]
+        inside = {group[0]: [self._inside(name) for name in group] for group in slots.inner}
+        children = {name: self._child(name) for name in slots.layers}
         if None in inputs.values() or None in weights:  # rule B1 wants both or neither
-            self._reading.skip(self._path, "disabled by a rule")
+            reading.skip(self._path, "disabled by a rule")
             return
-        reading = self._reading
         reading.layers[self._path] = type(self._module).__name__
-        for name, child in children.items():
-            reading.layers[join_path(self._path, name)] = type(child).__name__
         reading.quantized.update(self._calls)
         for name, argument in slots.inputs.items():
             self._input(name, argument, inputs[name])
         owned = [plan for plan in weights if plan is not None]
-        for group in inner:
-            plans = [self._inside(name) for name in group]
+        for name, plans in {**inside, **children}.items():
+            path = join_path(self._path, name)
             if None in plans:
-                reading.skip(join_path(self._path, group[0]), "disabled by a rule")
+                reading.skip(path, "disabled by a rule")
                 continue
             owned += [plan for plan in plans if plan is not None]
+            if name in children:
+                reading.layers[path] = type(self._module.get_submodule(name)).__name__
         reading.owned[self._path] = owned
+
+    def _child(self, name: str) -> list[QuantizerPlan | None]:
+        """Return the plans of weight and input of a child layer."""
+        weight = self._weight(name, "weight", self._module.get_submodule(name))
+        return [weight, self._inside(join_path(name, "input_quantizer"))]
 
     def _input(self, name: str, argument: str, spec: QuantSpec | None) -> None:
         """Let the layer read an argument, if it is given one in every call."""
@@ -175,7 +178,7 @@ class _Layer:
 
     def _spec(self, name: str, role: Role, *, whole: bool = False) -> QuantSpec | None:
         path = name if whole else join_path(self._path, name)
-        return self._reading.config.spec(path, role, bits=self._bits)
+        return self._reading.spec(path, role, bits=self._bits)
 
 
 def _argument(call: Call, name: str) -> Value | None:

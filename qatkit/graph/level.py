@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections import Counter, OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,11 @@ from qatkit.graph.kinds import function_name
 from qatkit.graph.plain_forwards import plain_forward
 from qatkit.graph.structure import Template, flatten, rebuildable, unflatten
 from qatkit.graph.tracer import LevelTracer, Returns, of_form, returned_form
+from qatkit.nn.functions import FUNCTIONS
 from qatkit.quantizer import TensorQuantizer
+
+_ADDED = (TensorQuantizer, *FUNCTIONS.values())
+"""What `prepare` puts into blocks."""
 
 
 class LevelError(QatkitError):
@@ -91,7 +96,7 @@ def trace_level(
     settings: dict[str, Any] = {}
     twin.__class__ = _flat_class(float_class(type(block)), template, settings)
     try:
-        with faithful(twin):
+        with faithful(twin), _children_in_mode(block, training):
             graph = LevelTracer(returns).trace(twin)
         check_constants(graph, block)
         return Trace(graph, settings)
@@ -313,7 +318,7 @@ def _stand_in(block: nn.Module, training: bool) -> nn.Module:
     twin = nn.Module()
     for name, state in block.__dict__.items():
         if name == "_modules":  # a forward that walks over the children knows no quantizers
-            own = {key: child for key, child in state.items() if type(child) is not TensorQuantizer}
+            own = {key: child for key, child in state.items() if type(child) not in _ADDED}
             twin.__dict__[name] = own
         elif name in ("_parameters", "_buffers"):
             twin.__dict__[name] = dict(state)
@@ -323,6 +328,19 @@ def _stand_in(block: nn.Module, training: bool) -> nn.Module:
             twin.__dict__[name] = _own_copy(state)
     twin.__dict__["training"] = training
     return twin
+
+
+@contextlib.contextmanager
+def _children_in_mode(block: nn.Module, training: bool) -> Iterator[None]:
+    """Set the flag that a forward may read of its children, as in ``self.drop.training``."""
+    before = [(module, module.training) for module in block.modules() if module is not block]
+    try:
+        for module, _ in before:
+            module.training = training
+        yield
+    finally:
+        for module, mode in before:
+            module.training = mode
 
 
 def _own_copy(state: Any) -> Any:
@@ -348,14 +366,23 @@ def _flat_class(
     def read(self: nn.Module, name: str) -> Any:
         value = object.__getattribute__(self, name)
         public = name != "training" and not name.startswith("_")
-        if public and type(value) in PLAIN and name in object.__getattribute__(self, "__dict__"):
-            settings[name] = value
+        if public and name in object.__getattribute__(self, "__dict__") and _is_plain(value):
+            settings[name] = copy.deepcopy(value)
         return value
 
     scope: dict[str, Any] = {"call": call}
     exec(f"def forward(self{names}):\n    return call(self{names})", scope)
     members = {"forward": scope["forward"], "__getattribute__": read}
     return type(kind.__name__, (kind,), members)
+
+
+def _is_plain(value: Any) -> bool:
+    """Tell whether a value is a number, string or switch, or a list, tuple or dict of them."""
+    if isinstance(value, dict):
+        return all(map(_is_plain, value.values()))
+    if type(value) in (list, tuple):
+        return all(map(_is_plain, value))
+    return type(value) in PLAIN
 
 
 def _count_tensors(template: Template) -> int:

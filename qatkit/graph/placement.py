@@ -64,10 +64,8 @@ def _paths(reading: Reading) -> list[str]:
     paths = [path for path, _ in reading.capture.copy.named_modules() if path]
     weights = [join_path(path, "weight_quantizer") for path in ["", *paths]]
     inputs = [join_path(path, "input_quantizer") for path in ["", *paths]]
-    placed = [reader.quantizer for reader in reading.readers]
-    placed += [plan.path for owned in reading.owned.values() for plan in owned]
     skipped = [skip.path for skip in reading.skipped]
-    return [*paths, *weights, *inputs, *placed, *skipped]
+    return [*paths, *weights, *inputs, *sorted(reading.asked), *skipped]
 
 
 def _layers(reading: Reading, sharing: Sharing, folds: dict[str, str]) -> tuple[LayerPlan, ...]:

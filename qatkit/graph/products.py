@@ -69,7 +69,7 @@ def _product(reading: Reading, call: Call) -> None:
         return
     if _cannot_rewrite(reading, call):
         return
-    if reading.config.spec(function_path(call), "activation") is None:
+    if reading.spec(function_path(call), "activation") is None:
         reading.skip(function_path(call), "disabled by a rule")
         return
     plans = [_factor(reading, call, value, right=i == 1) for i, value in enumerate(factors)]
@@ -110,7 +110,7 @@ def _cannot_rewrite(reading: Reading, call: Call) -> bool:
 
 def _factors(call: Call) -> tuple[Value, Value] | None:
     if call.name == "einsum":
-        return (call.inputs[0], call.inputs[1]) if len(call.inputs) == 2 else None
+        return (call.inputs[0], call.inputs[1]) if _two_factors(call) else None
     args, kwargs = unflatten(call.template, iter(call.inputs))
     found: list[Any] = []
     for position, name in _PRODUCTS.get(call.name, ()):
@@ -125,7 +125,7 @@ def _factor(reading: Reading, call: Call, value: Value, *, right: bool) -> Reade
     block = call.parent.name if call.parent is not None else ""
     if not value.constant:
         path = quantizer_path(call, value)
-        spec = reading.config.spec(path, "activation")
+        spec = reading.spec(path, "activation")
         rule = "F1" if call.kind in ("Gemm", "Conv", "ConvTranspose") else "F13"
         reason = f"{rule}: input of {call.kind}"
         if spec is None:
@@ -137,7 +137,7 @@ def _factor(reading: Reading, call: Call, value: Value, *, right: bool) -> Reade
         return Reader(block, path, (call,), (value,), spec, reason, alone=rule == "F13")
     inside = value.name.startswith(f"{block}." if block else "")
     path = quantizer_of(value.name) if value.name and inside else quantizer_path(call, value)
-    spec = reading.config.spec(path, "weight")
+    spec = reading.spec(path, "weight")
     if spec is None:
         reading.skip(path, "disabled by a rule")
         return None
@@ -164,26 +164,43 @@ def _read(call: Call) -> list[Value]:
     return call.inputs[:2] if call.name == "einsum" else call.inputs[:3]
 
 
+def _free_name(call: Call) -> str:
+    """Return the path of a function, changed where its block has something of that name."""
+    path = function_path(call)
+    block = None if call.parent is None else call.parent.module
+    while block is not None and hasattr(block, path.rpartition(".")[2]):
+        path += "_function"
+    return path
+
+
+def _two_factors(call: Call) -> bool:
+    args, _ = unflatten(call.template, iter(call.inputs))
+    return len(call.inputs) == 2 and bool(args) and isinstance(args[0], str)
+
+
 def _function(reading: Reading, call: Call) -> None:
     """F13: a module takes the place of the function, with a quantizer for each factor inside."""
-    path = function_path(call)
-    if call.name == "einsum" and len(call.inputs) != 2:
-        reading.skip(path, "einsum does not have two factors")
+    path = _free_name(call)
+    reading.asked.add(path)
+    if call.name == "einsum" and not _two_factors(call):
+        reading.skip(path, "einsum without an equation of two factors")
         return
     if _cannot_rewrite(reading, call):
         return
     plans = []
     for group in FUNCTIONS[call.name].operands:
         paths = [join_path(path, name) for name in group]
-        specs = [reading.config.spec(one, "activation") for one in paths]
+        specs = [reading.spec(one, "activation") for one in paths]
         if None in specs:
-            reading.skip(path, "disabled by a rule")
-            return
+            reading.skip(paths[0], "disabled by a rule")
+            continue
         plans += [
             QuantizerPlan(one, (), "activation", spec, f"F13: factor inside {call.name}")
             for one, spec in zip(paths, specs, strict=True)
             if spec is not None
         ]
+    if not plans:
+        return
     reading.quantized.add(call)
     reading.owned[path] = plans
     reading.replaced.setdefault(path, []).append(call)

@@ -68,6 +68,7 @@ class Reading:
         replaced: function calls whose place a module takes, by path of the module.
         quantized: calls whose operands are quantized.
         skipped: what stays float and why.
+        asked: the paths that a rule can name: those that a spec was asked for.
     """
 
     capture: Capture
@@ -78,6 +79,7 @@ class Reading:
     replaced: dict[str, list[Call]] = field(default_factory=dict)
     quantized: set[Call] = field(default_factory=set)
     skipped: list[Skip] = field(default_factory=list)
+    asked: set[str] = field(default_factory=set)
     _readers: dict[tuple[str, str], Reader] = field(default_factory=dict)
 
     @cached_property
@@ -89,6 +91,11 @@ class Reading:
             residual=self.config.residual or backend.residual,
             transformer_residual=self.config.transformer_residual or backend.transformer_residual,
         )
+
+    def spec(self, path: str, role: Role, *, bits: int | None = None) -> QuantSpec | None:
+        """Return the spec of the quantizer at ``path``, ``None`` where a rule disables it."""
+        self.asked.add(path)
+        return self.config.spec(path, role, bits=bits)
 
     @property
     def readers(self) -> list[Reader]:
@@ -111,7 +118,7 @@ class Reading:
     def read_by_function(self, call: Call, value: Value, reason: str, path: str = "") -> None:
         """Let a function read one of its inputs through an activation quantizer at ``path``."""
         path = path or self._free_path(call, value)
-        spec = self.config.spec(path, "activation")
+        spec = self.spec(path, "activation")
         if spec is None:
             self.skip(path, "disabled by a rule")
         else:
@@ -129,7 +136,7 @@ class Reading:
             self.read_by_function(call, value, reason)
             return
         path = join_path(call.name, "input_quantizer")
-        spec = self.config.spec(path, "activation")
+        spec = self.spec(path, "activation")
         if spec is None:
             self.skip(call.name, "disabled by a rule")
             return

@@ -29,6 +29,7 @@ def attend(
     *,
     scale: float | None = None,
     dropout: float = 0.0,
+    safe: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Compute ``softmax(scale * Q K^T + bias) V`` with the quantizers of ``layer``.
 
@@ -40,6 +41,7 @@ def attend(
         bias: float, broadcasts to (..., L, S); minus infinity takes a pair out; ``None`` for none.
         scale: factor of the scores, 1 / sqrt(E) by default.
         dropout: share of the probabilities that are set to zero.
+        safe: a query whose pairs are all taken out gets zeros, not NaN.
 
     Returns:
         (..., L, E_v), and the probabilities (..., L, S) as they were multiplied.
@@ -48,12 +50,18 @@ def attend(
     keys = modules.k_bmm_quantizer(key.transpose(-2, -1))
     scores = torch.matmul(modules.q_bmm_quantizer(query), keys)
     scores = scores * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
+    reached = None
+    if bias is not None and safe:
+        least = torch.finfo(bias.dtype).min / 2
+        reached = (bias > least).any(dim=-1, keepdim=True)
+        bias = bias.clamp(min=least)
     if bias is not None:
         scores = scores + bias
     shares = modules.softmax_quantizer(torch.softmax(scores, dim=-1))
     if dropout:
         shares = F.dropout(shares, dropout)
-    return torch.matmul(shares, modules.v_bmm_quantizer(value)), shares
+    result = torch.matmul(shares, modules.v_bmm_quantizer(value))
+    return result if reached is None else result * reached.to(result.dtype), shares
 
 
 class ScaledDotProductAttention(nn.Module):
@@ -161,7 +169,8 @@ class QuantMultiheadAttention(QuantizedComposite, nn.MultiheadAttention):
         added = k.shape[-2] - key.shape[1 if batched and self.batch_first else 0]
         bias = self._bias(attn_mask, key_padding_mask, q, added)
         dropout = self.dropout if self.training else 0.0
-        attended, shares = attend(self, q, k, v, bias, dropout=dropout)
+        safe = not need_weights
+        attended, shares = attend(self, q, k, v, bias, dropout=dropout, safe=safe)
         joined = attended.permute(2, 0, 1, 3).reshape(length, batch, self.embed_dim)
         if batched and self.batch_first:
             joined = joined.transpose(0, 1)

@@ -32,9 +32,11 @@ class Einsum(nn.Module):
 
     operands: ClassVar[tuple[tuple[str, ...], ...]] = (("left_quantizer", "right_quantizer"),)
 
-    def forward(self, equation: str, *factors: Any) -> Tensor:
-        """Contract two tensors, given one by one or in a list."""
+    def forward(self, equation: Any, *factors: Any) -> Tensor:
+        """Contract two tensors, given as ``torch.einsum`` takes them."""
         quantizers: Any = self
+        if not isinstance(equation, str):
+            equation, factors = _from_lists(equation, *factors)
         left, right = factors[0] if len(factors) == 1 else factors
         plan = contraction(equation)
         if plan is None:
@@ -80,6 +82,18 @@ def contraction(equation: str) -> Contraction | None:
         _order(right, [*columns[:-1], *batch, *summed, columns[-1]]),
         _order("".join(made), list(result)),
     )
+
+
+def _from_lists(
+    left: Tensor, axes: list[Any], right: Tensor, others: list[Any], *result: list[Any]
+) -> tuple[str, tuple[Tensor, Tensor]]:
+    """Return the equation of two tensors and the lists of numbers of their axes."""
+
+    def letters(numbers: list[Any]) -> str:
+        return "".join("..." if n is ... else chr(ord("a") + n) for n in numbers)
+
+    equation = f"{letters(axes)},{letters(others)}"
+    return equation + "".join(f"->{letters(numbers)}" for numbers in result), (left, right)
 
 
 def _order(have: str, want: list[str]) -> tuple[int, ...]:

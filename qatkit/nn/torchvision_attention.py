@@ -13,7 +13,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from qatkit.nn.attention import OPERANDS
-from qatkit.nn.quantized import QuantizedComposite
+from qatkit.nn.quantized import QuantizedComposite, QuantizedWeight
 from qatkit.nn.registry import quantizes
 from qatkit.nn.slots import Slots
 
@@ -48,7 +48,9 @@ class _QuantizedOperands(TorchFunctionMode):
 
     def __init__(self, layer: Any) -> None:
         super().__init__()
-        self._layers = {id(child.weight): child for child in (layer.qkv, layer.proj)}
+        children = (layer.qkv, layer.proj)
+        quantized = [child for child in children if isinstance(child, QuantizedWeight)]
+        self._layers = {id(child.weight): child for child in quantized}
         self._operands = [tuple(layer.get_submodule(name) for name in pair) for pair in OPERANDS]
 
     def __torch_function__(

@@ -139,7 +139,11 @@ def test_a_rule_leaves_both_factors_in_float(tmp_path):
     model = nn.Sequential(nn.Linear(16, 16), Attention("sdpa"), nn.Linear(16, 4)).eval()
     qatkit.prepare(model, TOKENS, config)
     plan = qatkit.plan(model, TOKENS)
-    assert skipped(plan) == {"1.scaled_dot_product_attention": "disabled by a rule"}
+    path = "1.scaled_dot_product_attention"
+    off = {
+        f"{path}.{name}": "disabled by a rule" for name in ("q_bmm_quantizer", "softmax_quantizer")
+    }
+    assert skipped(plan) == off
     assert sorted(products(exported(model, TOKENS, tmp_path / "a.onnx"))) == [0, 0, 2, 2, 2, 2]
     config = QuantConfig(rules=(Rule("*.matmul_input_0_quantizer", enabled=False),))
     model = nn.Sequential(nn.Linear(16, 16), Attention("matmul"), nn.Linear(16, 4)).eval()
@@ -149,6 +153,38 @@ def test_a_rule_leaves_both_factors_in_float(tmp_path):
     assert "1.matmul" in skipped(
         qatkit.plan(nn.Sequential(nn.ReLU(), Attention("matmul")), TOKENS, config)
     )
+
+
+@pytest.mark.parametrize(
+    ("path", "floats"),
+    [
+        ("1.scaled_dot_product_attention.v_bmm_quantizer", 1),
+        ("1.scaled_dot_product_attention.k_bmm_quantizer", 1),
+        ("2.out_proj.input_quantizer", 1),
+        ("2.out_proj", 1),
+        ("2.in_proj_weight_quantizer", 6),
+        ("2.k_bmm_quantizer", 1),
+        ("2", 6),
+    ],
+)
+def test_a_rule_can_name_any_quantizer(path, floats, tmp_path):
+    model = nn.Sequential(nn.Linear(16, 16), Attention("sdpa"), nn.Identity(), nn.Linear(16, 4))
+    model[2] = SelfAttention()
+    config = QuantConfig(rules=(Rule(path.replace("2", "2.layer", 1), enabled=False),))
+    qatkit.prepare(model.eval(), TOKENS, config)
+    counts = products(exported(model, TOKENS, tmp_path / "a.onnx"))
+    model.train()(TOKENS).sum().backward()
+    assert counts.count(0) == floats or path in ("2", "2.in_proj_weight_quantizer")
+    assert set(counts) == {0, 2}
+
+
+class SelfAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.MultiheadAttention(16, 2, batch_first=True)
+
+    def forward(self, x):
+        return self.layer(x, x, x, need_weights=False)[0]
 
 
 def test_a_plan_with_modules_for_functions_survives_json():
@@ -333,3 +369,90 @@ def test_the_residual_policy_is_a_switch(policy, count, tmp_path):
     adds = [node.input for node in graph.node if node.op_type == "Add"]
     (join,) = [inputs for inputs in adds if not set(inputs) & constants]
     assert len(set(join) & made) == count
+
+
+def test_einsum_by_lists_of_axes():
+    class Sublists(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(16, 16)
+
+        def forward(self, x):
+            y = self.fc(x)
+            return torch.einsum(y, [0, 1, 2], x, [0, 3, 2], [0, 1, 3])
+
+    prepared(Sublists(), TOKENS, exact=False)
+
+
+class Clashes(nn.Module):
+    """Has a child of the name of the function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.einsum = nn.Linear(16, 16)
+
+    def forward(self, x):
+        return torch.einsum("nlc,nmc->nlm", self.einsum(x), x)
+
+
+class Walks(nn.Sequential):
+    """Walks over its children, then attends."""
+
+    def forward(self, x):
+        for child in self:
+            x = child(x)
+        return F.scaled_dot_product_attention(x, x, x)
+
+
+@pytest.mark.parametrize("build", [Clashes, lambda: Walks(nn.Linear(16, 16), nn.ReLU())])
+def test_blocks_keep_their_children(build):
+    model = nn.Sequential(nn.Linear(16, 16), build())
+    keys = list(model.state_dict())
+    twin = prepared(model, TOKENS, exact=False)
+    assert set(keys) <= set(twin.state_dict())
+    assert not qatkit.plan(model, TOKENS).skipped
+
+
+class Drops(nn.Module):
+    """Reads the mode of a child and the settings in a list of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.drop, self.factors = nn.Linear(16, 16), nn.Dropout(0.5), [1.0, 2.0]
+
+    def forward(self, x):
+        y = F.dropout(self.one(x), self.drop.p, self.drop.training)
+        return x + y * self.factors[0]
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_mode_of_a_child_and_settings_in_containers_are_followed(training):
+    model = nn.Sequential(nn.Linear(16, 16), Drops(), nn.Linear(16, 4)).train(training)
+    qatkit.prepare(model, TOKENS)
+    assert {module.training for module in model.modules()} == {training}
+    assert [block.path for block in qatkit.plan(model, TOKENS).blocks] == ["1"]
+    qatkit.disable_quantization(model).apply()
+    model.eval()
+    assert torch.equal(model(TOKENS), model(TOKENS))
+    model.train()
+    assert not torch.equal(model(TOKENS), model(TOKENS))
+    model.eval()
+    before = model(TOKENS)
+    model[1].factors[0] = 5.0
+    assert not torch.allclose(model(TOKENS), before)
+
+
+def test_frozen_ranges_follow_a_computed_weight():
+    model = nn.Sequential(nn.Linear(16, 16), Weights(), nn.Linear(16, 4)).eval()
+    qatkit.prepare(model, TOKENS)
+    qatkit.calibrate(model, [TOKENS], progress=False)
+    with torch.no_grad():
+        model[1].left *= 10
+    qatkit.freeze_ranges(model).apply()
+    found = model[1](model[0](TOKENS))
+    with qatkit.disable_quantization(model):
+        expected = model[1](model[0](TOKENS))
+    with qatkit.disable_quantization(model, "*_input_0_quantizer"):
+        found = model[1](model[0](TOKENS))
+    assert (found - expected).norm() < 0.1 * expected.norm()
+    assert sum(entry.role == "weight" for entry in qatkit.summary(model).quantizers) == 6

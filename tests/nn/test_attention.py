@@ -104,6 +104,23 @@ def test_function(options):
     torch.testing.assert_close(layer(q, k, v, **options), expected, **CLOSE)
 
 
+def test_a_query_that_may_look_at_nothing_gets_zeros():
+    layer = ScaledDotProductAttention()
+    for name in (name for group in OPERANDS for name in group):
+        layer.add_module(name, nn.Identity())
+    q, mask = torch.randn(2, 5, 8), torch.ones(5, 5, dtype=torch.bool)
+    mask[2] = False
+    for given in (mask, torch.zeros(5, 5).masked_fill(~mask, float("-inf"))):
+        expected = F.scaled_dot_product_attention(q, q, q, given)
+        assert not expected[:, 2].any()
+        torch.testing.assert_close(layer(q, q, q, given), expected, **CLOSE)
+    floats, layer = pair(batch_first=True)
+    x, padding = torch.randn(2, 5, 8), torch.zeros(2, 5, dtype=torch.bool)
+    padding[1] = True
+    given = {"key_padding_mask": padding, "need_weights": False}
+    torch.testing.assert_close(layer(x, x, x, **given)[0], floats(x, x, x, **given)[0], **CLOSE)
+
+
 def test_quantizers_of_every_product():
     layer = QuantMultiheadAttention(8, 2, batch_first=True).train()
     x = torch.randn(3, 5, 8)
