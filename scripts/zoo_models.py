@@ -18,7 +18,7 @@ FRAMES = 16
 SIDES = (64, 96, 128, 192, 224, 256, 320)
 """The smallest of these that the model accepts in both modes is its resolution."""
 
-SIDES_OF = {"mvit_*": (224,), "s3d": (224,)}
+SIDES_OF = {"mvit_*": (224,), "s3d": (224,), "vit_h_14": (56,)}
 """Name pattern -> the sides to try, where finding out that a smaller one fails takes long."""
 
 KINDS = {

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
 
 from qatkit.errors import QatkitError
 from qatkit.graph.adapt import adapt
@@ -116,6 +117,8 @@ def _class(kind: type, plan: BlockPlan, first: _Body) -> type:
         for body in bodies:
             leaves = body.form.leaves(args, kwargs)
             if leaves is not None:
+                if plan.numbers and torch.jit.is_tracing():
+                    leaves = [_as_number(leaf) for leaf in leaves]
                 return (body.training if self.training else body.evaluation)(self, *leaves)
         bodies.append(_body_for(self, plan, args, kwargs))
         return type(self).forward(self, *args, **kwargs)
@@ -129,6 +132,12 @@ def _class(kind: type, plan: BlockPlan, first: _Body) -> type:
         "__doc__": kind.__doc__,
     }
     return type(kind.__name__, (RewrittenBlock, kind), members)
+
+
+def _as_number(leaf: Any) -> Any:
+    """Return the number that a size is: the ONNX exporter of PyTorch makes tensors of sizes."""
+    size = isinstance(leaf, Tensor) and leaf.dim() == 0 and not leaf.is_floating_point()
+    return int(leaf) if size else leaf
 
 
 def _body_for(

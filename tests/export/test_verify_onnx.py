@@ -74,7 +74,7 @@ def one_more(array):
         ("4.weight_quantizer.scale", lambda a: a * 1.05),
         ("0.weight_quantizer.weight", one_more),
         ("4.weight_quantizer.weight", lambda a: -a),
-        ("0.input_quantizer.zero_point", lambda a: a + 1),
+        ("0.input_quantizer.zero_point", lambda a: a + 90),
         ("bias", lambda a: a + 0.5),
     ],
 )

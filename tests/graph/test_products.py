@@ -456,3 +456,23 @@ def test_frozen_ranges_follow_a_computed_weight():
         found = model[1](model[0](TOKENS))
     assert (found - expected).norm() < 0.1 * expected.norm()
     assert sum(entry.role == "weight" for entry in qatkit.summary(model).quantizers) == 6
+
+
+class Shaped(nn.Module):
+    """Hands the sizes that it computes to a block, as MViT does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.block, self.last = nn.Conv2d(3, 16, 4, 4), Sized(), Sized()
+
+    def forward(self, x):
+        x = self.stem(x)
+        tokens, (height, width) = x.flatten(2).transpose(1, 2), x.shape[-2:]
+        return self.last(self.block(tokens, height, width), height, width)
+
+
+def test_sizes_that_the_exporter_makes_tensors_of(tmp_path):
+    x = torch.randn(2, 3, 16, 16)
+    model = qatkit.prepare(Shaped().eval(), x)
+    graph = exported(model, x, tmp_path / "a.onnx")
+    assert not [node for node in graph.node if node.op_type == "If"]

@@ -13,7 +13,7 @@ TABLES = {"rules": rules, **{f"trt {one}": partial(rules_of_version, one) for on
 LISTED = {
     *(f"P{i}" for i in range(1, 11)),
     *("B1", "B2", "F2b", "F6c"),
-    *(f"F{i}" for i in range(1, 20) if i != 16),  # F16 is a choice, which F1 reports
+    *(f"F{i}" for i in range(1, 22) if i != 16),  # F16 is a choice, which F1 reports
 }
 
 
