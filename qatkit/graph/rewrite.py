@@ -117,7 +117,7 @@ def _class(kind: type, plan: BlockPlan, first: _Body) -> type:
         for body in bodies:
             leaves = body.form.leaves(args, kwargs)
             if leaves is not None:
-                if plan.numbers and torch.jit.is_tracing():
+                if plan.numbers and torch._C._get_tracing_state() is not None:
                     leaves = [_as_number(leaf) for leaf in leaves]
                 return (body.training if self.training else body.evaluation)(self, *leaves)
         bodies.append(_body_for(self, plan, args, kwargs))
