@@ -32,6 +32,7 @@ def grid_sample(
     Returns:
         (N, C, h, w)
 
+    >>> import torch
     >>> image, center = torch.arange(4.0).reshape(1, 1, 2, 2), torch.zeros(1, 1, 1, 2)
     >>> grid_sample(image, center, align_corners=False)
     tensor([[[[1.5000]]]])

@@ -108,3 +108,25 @@ def test_a_model_that_samples_is_exported_and_verified(tmp_path, opset, native):
     assert report.verify.ok, str(report)
     assert qatkit.verify_onnx(path, model, torch.randn(5, 3, 9, 8)).ok
     assert ("GridSample" in {node.op_type for node in onnx.load(path).graph.node}) == native
+
+
+class Parts(nn.Module):
+    """Takes the first token apart, as MViT does."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        first, rest = torch.tensor_split(self.one(x), (1,), dim=1)
+        a, b, c = self.two(rest).tensor_split([1, 3], -1)
+        return torch.cat((first, rest), 1), torch.cat((c, a, b), -1), *x.tensor_split(2, dim=1)
+
+
+def test_tensor_split(tmp_path):
+    x = torch.randn(2, 6, 4)
+    model = qatkit.prepare(Parts().eval(), x)
+    qatkit.calibrate(model, [x], progress=False)
+    report = qatkit.export_onnx(model, x, tmp_path / "a.onnx")
+    assert report.verify.ok
+    assert report.verify.relative_difference < 1e-5
