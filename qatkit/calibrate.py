@@ -19,8 +19,13 @@ from qatkit.errors import QatkitError, QatkitTypeError, shorten
 from qatkit.freeze import saved_range
 from qatkit.functional import count_nonfinite
 from qatkit.graph.structure import tensors
-from qatkit.modes import disable_quantization, quantizers, select_quantizers
-from qatkit.nn.weights import weights_of
+from qatkit.modes import (
+    disable_quantization,
+    quantizers,
+    select_quantizers,
+    training_flags,
+)
+from qatkit.prepare import weight_quantizers
 from qatkit.quantizer import TensorQuantizer
 from qatkit.spec import OBSERVER_NAMES, suggest
 
@@ -90,7 +95,7 @@ def calibrate(
     watch = _Watch(dict(quantizers(model)))
     with ExitStack() as stack:
         stack.enter_context(watch)
-        stack.enter_context(_eval_flags(model))
+        stack.enter_context(training_flags(model.modules(), False))
         stack.enter_context(disable_quantization(model))
         stack.enter_context(_observing(model, watch.quantizers, observer))
         if calibrator is not None:
@@ -159,19 +164,6 @@ def _length(data: Any) -> int | None:
 
 
 @contextmanager
-def _eval_flags(model: nn.Module) -> Iterator[None]:
-    """Put each module in eval mode by its flag alone: a ``train()`` of the user's is not called."""
-    saved = [(module, module.training) for module in model.modules()]
-    try:
-        for module, _ in saved:
-            module.training = False
-        yield
-    finally:
-        for module, training in saved:
-            module.training = training
-
-
-@contextmanager
 def _observing(
     model: nn.Module, quantizers: dict[str, TensorQuantizer], method: str | None
 ) -> Iterator[None]:
@@ -194,7 +186,7 @@ def _activations(
     model: nn.Module, quantizers: dict[str, TensorQuantizer]
 ) -> dict[str, TensorQuantizer]:
     """Return those of the quantizers that are not of weights."""
-    weights = {id(weight.quantizer) for weight in weights_of(model)}
+    weights = {id(each) for each in weight_quantizers(model).values()}
     return {path: each for path, each in quantizers.items() if id(each) not in weights}
 
 

@@ -16,7 +16,7 @@ from qatkit.nn.batchnorm import (
     thaw_statistics,
 )
 from qatkit.nn.weights import Weight, weights_of
-from qatkit.prepare import plan_of
+from qatkit.prepare import weight_quantizers
 from qatkit.quantizer import TensorQuantizer
 
 logger = logging.getLogger(__name__)
@@ -130,9 +130,9 @@ def _freezable(model: nn.Module) -> dict[str, TensorQuantizer]:
 
     Their range is that of the weight at hand, which only the next forward knows.
     """
-    plan = plan_of(model)
-    weights = {entry.path for entry in plan.quantizers if entry.role == "weight"} if plan else set()
-    computed = weights - {weight.path for weight in weights_of(model)}
+    parameters = {id(weight.quantizer) for weight in weights_of(model)}
+    weights = weight_quantizers(model)
+    computed = {path for path, each in weights.items() if id(each) not in parameters}
     return {path: each for path, each in quantizers(model) if path not in computed}
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 from torch import nn
@@ -13,6 +14,27 @@ from qatkit.errors import QatkitError, QatkitTypeError
 from qatkit.quantizer import TensorQuantizer
 
 Undo = Callable[[], None]
+
+
+@contextmanager
+def training_flags(modules: Iterable[nn.Module], training: bool) -> Iterator[None]:
+    """Put modules in a mode by their flags alone: a ``train()`` of the user's is not called.
+
+    >>> net = nn.Dropout()
+    >>> with training_flags([net], False):
+    ...     net.training
+    False
+    >>> net.training
+    True
+    """
+    saved = [(module, module.training) for module in modules]
+    try:
+        for module, _ in saved:
+            module.training = training
+        yield
+    finally:
+        for module, before in saved:
+            module.training = before
 
 
 class Mode:

@@ -12,7 +12,7 @@ from qatkit.graph.capture import capture
 from qatkit.graph.placement import place
 from qatkit.graph.plan import Plan, QuantizerPlan
 from qatkit.graph.rewrite import rewrite
-from qatkit.modes import require_module
+from qatkit.modes import quantizers, require_module
 from qatkit.nn.fast_path import avoid_fast_path
 from qatkit.nn.functions import FUNCTIONS
 from qatkit.nn.quantized import (
@@ -23,6 +23,7 @@ from qatkit.nn.quantized import (
 )
 from qatkit.nn.registry import swap, swappable
 from qatkit.nn.slots import SUFFIX
+from qatkit.nn.weights import weights_of
 from qatkit.quantizer import TensorQuantizer, share_range
 
 _PLAN = "_qatkit_plan"
@@ -111,6 +112,22 @@ def plan_of(model: nn.Module) -> Plan | None:
     """Return the plan that a model was prepared by, ``None`` for a float model."""
     found = model.__dict__.get(_PLAN)
     return found if isinstance(found, Plan) else None
+
+
+def weight_quantizers(model: nn.Module) -> dict[str, TensorQuantizer]:
+    """Return the quantizers of weights by path: of parameters, and of weights that are computed.
+
+    >>> import torch
+    >>> net = prepare(nn.Sequential(nn.Linear(2, 2)), torch.zeros(1, 2))
+    >>> list(weight_quantizers(net))
+    ['0.weight_quantizer']
+    """
+    found = {weight.path: weight.quantizer for weight in weights_of(model)}
+    plan = plan_of(model)
+    if plan is not None:
+        planned = {entry.path for entry in plan.quantizers if entry.role == "weight"}
+        found |= {path: each for path, each in quantizers(model) if path in planned}
+    return found
 
 
 def apply_plan(wanted: Plan, model: nn.Module) -> None:

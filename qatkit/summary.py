@@ -10,7 +10,7 @@ from qatkit.graph.plan import table
 from qatkit.modes import quantizers, require_module
 from qatkit.nn.batchnorm import batch_norms, statistics_are_frozen
 from qatkit.nn.weights import weights_of
-from qatkit.prepare import plan_of
+from qatkit.prepare import weight_quantizers
 from qatkit.quantizer import TensorQuantizer
 
 
@@ -133,11 +133,7 @@ def summary(model: nn.Module) -> Summary:
     """
     require_module(model, "summary")
     found = list(weights_of(model))
-    weights = {id(weight.quantizer) for weight in found}
-    plan = plan_of(model)
-    if plan is not None:
-        planned = {entry.path for entry in plan.quantizers if entry.role == "weight"}
-        weights |= {id(each) for path, each in quantizers(model) if path in planned}
+    weights = {id(each) for each in weight_quantizers(model).values()}
     times: dict[int, int] = {}
     for _, module in model.named_modules(remove_duplicate=False):
         times[id(module)] = times.get(id(module), 0) + 1

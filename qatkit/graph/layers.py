@@ -20,8 +20,6 @@ from qatkit.nn.registry import QUANTIZED, quantized_class, swappable
 from qatkit.nn.slots import SUFFIX, Slots, parameter_of, quantizer_of
 from qatkit.spec import QuantSpec
 
-_NORMS = ("BatchNormalization", "LayerNormalization")
-
 
 def read_layers(reading: Reading) -> None:
     """Quantize every layer with weights that has a quantized form, and name the others."""

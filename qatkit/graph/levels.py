@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from qatkit.graph.capture import Call, Capture
-from qatkit.graph.level import Level, LevelError, match
+from qatkit.graph.level import LevelError
+from qatkit.graph.matching import Level, match
 
 
 class Levels:

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from qatkit.graph.capture import Call, Value
-from qatkit.graph.level import Level, LevelError, signature
+from qatkit.graph.level import LevelError, signature
 from qatkit.graph.levels import name_of
+from qatkit.graph.matching import Level
 from qatkit.graph.plan import BlockPlan, QuantizerPlan, Replacement, Site, Skip
 from qatkit.graph.readers import Reader, Reading
 from qatkit.nn.slots import quantizer_of

@@ -6,9 +6,8 @@ A template is made of tuples, strings and numbers, so that it is hashable and su
 - ``("const", v)``: a plain number, string, bool or ``None``;
 - ``("tuple", t...)`` and ``("list", t...)``: templates of the items;
 - ``("dict", (k, t)...)``: keys and templates of the values;
-- ``("opaque", name, t...)``  anything else, by the name of its class, with the items of a
-named tuple or a dataclass
-===================  =====================================
+- ``("opaque", name, t...)``: anything else, by the name of its class, with the items of a named
+  tuple or a dataclass.
 """
 
 from __future__ import annotations

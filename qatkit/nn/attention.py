@@ -90,7 +90,8 @@ class ScaledDotProductAttention(nn.Module):
         bias = additive(attn_mask, query, taken_out=False)
         if is_causal:
             bias = causal(query.shape[-2], key.shape[-2], query)
-        return attend(self, query, key, value, bias, scale=scale, dropout=dropout_p)[0]
+        safe = not is_causal  # there, each query sees the first key
+        return attend(self, query, key, value, bias, scale=scale, dropout=dropout_p, safe=safe)[0]
 
 
 def additive(mask: Tensor | None, like: Tensor, *, taken_out: bool) -> Tensor | None:

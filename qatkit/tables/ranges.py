@@ -12,7 +12,7 @@ from torch import nn
 from qatkit.errors import QatkitError
 from qatkit.freeze import saved_range
 from qatkit.modes import quantizers, select_quantizers
-from qatkit.nn.weights import weights_of
+from qatkit.prepare import weight_quantizers
 from qatkit.quantizer import TensorQuantizer
 from qatkit.spec import QuantSpec
 from qatkit.tables.calibration_table import CalibrationTable, TableEntry
@@ -227,7 +227,7 @@ def _encodings_of(quantizer: TensorQuantizer) -> tuple[Encoding, ...]:
 
 def _activations(model: nn.Module) -> dict[str, TensorQuantizer]:
     select_quantizers(model, "*", "import_ranges")
-    weights = {id(weight.quantizer) for weight in weights_of(model)}
+    weights = {id(each) for each in weight_quantizers(model).values()}
     return {path: q for path, q in quantizers(model) if id(q) not in weights}
 
 
