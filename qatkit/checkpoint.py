@@ -272,7 +272,7 @@ def _check_plan(plan: Plan, model: nn.Module) -> None:
     The names become code when blocks are rewritten, so those of a file are not taken on trust.
     """
     modules = {path for path, _ in model.named_modules()}
-    for block in plan.blocks:
+    for block in plan.changed:
         for replaced in block.replacements:
             parent, _, name = f"{block.path}.{replaced.module}".lstrip(".").rpartition(".")
             fits = parent in modules and name.isidentifier() and replaced.function in FUNCTIONS
@@ -290,13 +290,24 @@ def _check_plan(plan: Plan, model: nn.Module) -> None:
                 f"has a quantizer {path!r} that fits nowhere in {type(model).__name__}; "
                 "build the same float model"
             )
-    for block in plan.blocks:
-        for site in block.sites:
-            if f"{block.path}.{site.quantizer}".lstrip(".") not in known:
-                raise QatkitError(
-                    f"calls {site.quantizer!r} in {block.path!r}, which is no quantizer of it; "
-                    "the file is damaged, save it again"
-                )
+    called = [(block.path, site.quantizer) for block in plan.blocks for site in block.sites]
+    called += [
+        (block.path, each.quantizer) for block in plan.interceptions for each in block.operands
+    ]
+    for path, quantizer in called:
+        if f"{path}.{quantizer}".lstrip(".") not in known:
+            raise QatkitError(
+                f"calls {quantizer!r} in {path!r}, which is no quantizer of it; "
+                "the file is damaged, save it again"
+            )
+    for intercepted in plan.interceptions:
+        children = {f"{intercepted.path}.{child}".lstrip(".") for child in intercepted.children}
+        odd = children - modules
+        if odd:
+            raise QatkitError(
+                f"expects {min(odd)!r}, which {type(model).__name__} lacks; "
+                "build the same float model"
+            )
 
 
 def _check_state(header: _Header, tensors: Mapping[str, Tensor], model: nn.Module) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from qatkit.config import QuantConfig
 from qatkit.errors import QatkitError
 from qatkit.graph.capture import capture
+from qatkit.graph.interception import intercept
 from qatkit.graph.placement import place
 from qatkit.graph.plan import Plan, QuantizerPlan
 from qatkit.graph.rewrite import rewrite
@@ -146,6 +147,8 @@ def apply_plan(wanted: Plan, model: nn.Module) -> None:
             rewrite(modules[block.path], block)
         for module in modules.values():
             avoid_fast_path(module)
+        for interception in wanted.interceptions:
+            intercept(modules[interception.path], interception)
     except BaseException:
         for module, (kind, state) in before.items():
             module.__class__ = kind
@@ -169,7 +172,7 @@ def _check(wanted: Plan, modules: dict[str, nn.Module], name: str) -> None:
                 f"{name}: expects a {layer.kind} at {layer.path!r} and finds {found}; "
                 "build the same float model"
             )
-    for block in wanted.blocks:
+    for block in wanted.changed:
         if block.path not in modules:
             raise QatkitError(
                 f"{name}: expects a block at {block.path!r}; build the same float model"
@@ -179,7 +182,7 @@ def _check(wanted: Plan, modules: dict[str, nn.Module], name: str) -> None:
 def _swap_layers(wanted: Plan, modules: dict[str, nn.Module]) -> None:
     for layer in wanted.layers:
         swap(modules[layer.path])
-    for block in wanted.blocks:
+    for block in wanted.changed:
         for replaced in block.replacements:
             parent, _, name = replaced.module.rpartition(".")
             owner = modules[block.path].get_submodule(parent)

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 from torch import nn
 
+from qatkit.graph.block_plan import BlockPlan
 from qatkit.graph.call_form import CallForm
 from qatkit.graph.level import LevelError, float_class, signature, trace_level
-from qatkit.graph.plan import BlockPlan
 from qatkit.graph.structure import Template
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from qatkit.graph.capture import Call, Value
+from qatkit.graph.reach import reaches_quantizer
 from qatkit.graph.readers import Reading, function_path
-from qatkit.graph.residual import is_join, place_join
+from qatkit.graph.residual import Join, branch_end, is_join, place_join
 
 
 def read_joins(reading: Reading) -> None:
@@ -13,10 +14,20 @@ def read_joins(reading: Reading) -> None:
         if not is_join(call):
             continue
         join = place_join(call, reading.quantized, reading.backend)
+        if join.quantized and not _near_int8(reading, call, join):
+            join = Join((), "F6: neither its operands nor its result get to an INT8 operator")
         if not join.quantized and len(call.inputs[0].shape) > 2:  # boxes and anchors are 2-D
             reading.skip(function_path(call), join.reason)
         for value in join.quantized:
             reading.read_by_function(call, value, join.reason)
+
+
+def _near_int8(reading: Reading, call: Call, join: Join) -> bool:
+    """Tell whether there is INT8 around an addition: else its operands can be of any precision."""
+    ends = [branch_end(value, reading.quantized) for value in join.quantized]
+    return any(ends) or any(
+        reaches_quantizer(reading, value) for value in (*call.results, *join.quantized)
+    )
 
 
 def read_gates(reading: Reading) -> None:
@@ -50,6 +61,8 @@ def _is_pool(reading: Reading, call: Call) -> bool:
     if call.kind not in reading.backend.needs_quantized_output or not call.inputs:
         return False
     before, after = call.inputs[0].shape, call.results[0].shape
+    if any(size > length for length, size in zip(before, after, strict=False)):
+        return False  # an adaptive pool to more than there is: copies, no average
     return call.kind != "ReduceMean" or (len(before) == 4 and _spatial_mean(before, after))
 
 

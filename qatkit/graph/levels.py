@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from torch import nn
 
 from qatkit.graph.capture import Call, Capture
@@ -43,6 +45,20 @@ class Levels:
         except LevelError as error:
             return str(error)
         return ""
+
+    def functions(self, block: Call | None) -> Counter[str] | None:
+        """Return how often the own forward of a block calls each function.
+
+        ``None`` where that tells nothing: it differs between the recorded calls, or the forward
+        belongs to the object and not to its class.
+        """
+        if block is None or block.module is None or "forward" in block.module.__dict__:
+            return None
+        counted = [
+            Counter(child.name for child in call.children if child.module is None)
+            for call in self.calls[block.name]
+        ]
+        return counted[0] if all(one == counted[0] for one in counted) else None
 
     def _trace(self, block: Call) -> tuple[Level, ...] | LevelError:
         assert block.module is not None

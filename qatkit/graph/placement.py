@@ -56,6 +56,7 @@ def place(capture: Capture, config: QuantConfig) -> Plan:
         groups,
         (*reading.skipped, *sharing.skipped),
         len(capture.root.template[1]) - 1,
+        tuple(sharing.interceptions),
     )
 
 

@@ -7,7 +7,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from qatkit.config import QuantConfig
-from qatkit.graph.structure import Template, from_json
+from qatkit.graph.block_plan import (
+    BlockPlan,
+    InterceptionPlan,
+    block_from_dict,
+    interception_from_dict,
+)
 from qatkit.spec import QuantSpec
 
 
@@ -18,6 +23,15 @@ def join_path(parent: str, name: str) -> str:
     ('layer1.conv', 'conv')
     """
     return f"{parent}.{name}" if parent else name
+
+
+def relative(parent: str, path: str) -> str:
+    """Return a path relative to a block around it.
+
+    >>> relative("layer1", "layer1.0.conv"), relative("", "conv")
+    ('0.conv', 'conv')
+    """
+    return path.removeprefix(f"{parent}." if parent else "")
 
 
 @dataclass(frozen=True)
@@ -62,60 +76,6 @@ class LayerPlan:
 
 
 @dataclass(frozen=True)
-class Site:
-    """One quantizer call inside a block.
-
-    Attributes:
-        quantizer: its path relative to the block.
-        source: index of the node whose value it quantizes.
-        uses: pairs (index of a node that reads the value, index of the node it reads it from).
-    """
-
-    quantizer: str
-    source: int
-    uses: tuple[tuple[int, int], ...]
-
-
-@dataclass(frozen=True)
-class Replacement:
-    """One function call inside a block whose place a quantized module takes.
-
-    Attributes:
-        node: index of the node.
-        module: path of the module relative to the block.
-        function: name of the function.
-    """
-
-    node: int
-    module: str
-    function: str
-
-
-@dataclass(frozen=True)
-class BlockPlan:
-    """One block whose forward gets quantizer calls.
-
-    Attributes:
-        path: path of the module, empty for the model itself.
-        template: the form of its arguments (`qatkit.graph.structure`).
-        signature: what its forward does (`qatkit.graph.level.signature`), checked when the plan is
-            applied.
-        sites: the quantizer calls.
-        replacements: functions that become modules.
-        returns: the containers that its children return (`qatkit.graph.tracer.Returns`).
-        numbers: the template has a leaf for each integer too, which may then differ.
-    """
-
-    path: str
-    template: Template
-    signature: tuple[str, ...]
-    sites: tuple[Site, ...]
-    replacements: tuple[Replacement, ...] = ()
-    returns: tuple[tuple[str, int, Template], ...] = ()
-    numbers: bool = False
-
-
-@dataclass(frozen=True)
 class Skip:
     """Something that stays float, and why."""
 
@@ -132,6 +92,7 @@ class Plan:
         layers: layers to swap.
         quantizers: quantizers to make.
         blocks: blocks to rewrite.
+        interceptions: blocks that run as they are, with quantized operands.
         groups: paths of quantizers that share a scale.
         skipped: what stays float and why.
         arguments: how many positional arguments the example inputs were.
@@ -144,6 +105,12 @@ class Plan:
     groups: tuple[tuple[str, ...], ...]
     skipped: tuple[Skip, ...]
     arguments: int = 1
+    interceptions: tuple[InterceptionPlan, ...] = ()
+
+    @property
+    def changed(self) -> tuple[BlockPlan | InterceptionPlan, ...]:
+        """All blocks that get another forward."""
+        return (*self.blocks, *self.interceptions)
 
     def __str__(self) -> str:
         """Return two tables: what is quantized, what is not, each line with its reason."""
@@ -151,7 +118,7 @@ class Plan:
         head = (
             f"{len(self.layers)} layers, "
             f"{weights} weight and {len(self.quantizers) - weights} activation quantizers, "
-            f"{len(self.blocks)} rewritten blocks, {len(self.groups)} shared scales, "
+            f"{len(self.changed)} rewritten blocks, {len(self.groups)} shared scales, "
             f"{len(self.skipped)} left in float"
         )
         rows = [("quantizer", "bits", "observer", "why"), *(_row(q) for q in self.quantizers)]
@@ -175,10 +142,11 @@ class Plan:
             config=QuantConfig.from_dict(fields["config"]),
             layers=tuple(LayerPlan(**layer) for layer in fields["layers"]),
             quantizers=tuple(_quantizer_from_dict(entry) for entry in fields["quantizers"]),
-            blocks=tuple(_block_from_dict(block) for block in fields["blocks"]),
+            blocks=tuple(block_from_dict(block) for block in fields["blocks"]),
             groups=tuple(tuple(group) for group in fields["groups"]),
             skipped=tuple(Skip(**skip) for skip in fields["skipped"]),
             arguments=int(fields.get("arguments", 1)),
+            interceptions=tuple(map(interception_from_dict, fields.get("interceptions", ()))),
         )
 
 
@@ -205,16 +173,3 @@ def _quantizer_from_dict(fields: Mapping[str, Any]) -> QuantizerPlan:
     return QuantizerPlan(
         **{**known, "aliases": tuple(known["aliases"]), "spec": QuantSpec.from_dict(known["spec"])}
     )
-
-
-def _block_from_dict(fields: Mapping[str, Any]) -> BlockPlan:
-    sites = tuple(
-        Site(site["quantizer"], site["source"], tuple((use, arg) for use, arg in site["uses"]))
-        for site in fields["sites"]
-    )
-    template = from_json(list(fields["template"]))
-    replaced = tuple(Replacement(**entry) for entry in fields.get("replacements", ()))
-    signature = tuple(fields["signature"])
-    returns = from_json(list(fields.get("returns", ())))
-    numbers = bool(fields.get("numbers", False))
-    return BlockPlan(fields["path"], template, signature, sites, replaced, returns, numbers)

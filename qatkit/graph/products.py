@@ -67,7 +67,7 @@ def _product(reading: Reading, call: Call) -> None:
     if factors is None:
         reading.skip(function_path(call), f"{call.name} does not have two factors")
         return
-    if _cannot_rewrite(reading, call):
+    if _cannot_reach(reading, call):
         return
     if reading.spec(function_path(call), "activation") is None:
         reading.skip(function_path(call), "disabled by a rule")
@@ -94,9 +94,14 @@ def _stays_float(reading: Reading, call: Call) -> None:
         reading.skip(parent.name if childless else function_path(call), reason)
 
 
-def _cannot_rewrite(reading: Reading, call: Call) -> bool:
-    """Say that a function stays float because of the block around it, if that is so."""
+def _cannot_reach(reading: Reading, call: Call) -> bool:
+    """Say that a function stays float because of the block around it, if that is so.
+
+    What cannot be rewritten can be intercepted, as long as the calls can be counted.
+    """
     problem = reading.levels.why_not(call.parent)
+    if problem and reading.levels.functions(call.parent) is not None:
+        return False
     if problem:
         module = None if call.parent is None else call.parent.module
         path = function_path(call)
@@ -141,7 +146,10 @@ def _factor(reading: Reading, call: Call, value: Value, *, right: bool) -> Reade
     if spec is None:
         reading.skip(path, "disabled by a rule")
         return None
-    if spec.axis is not None and not reading.config.names_axis(path):
+    computed = not value.name and reading.levels.why_not(call.parent)
+    if computed and spec.axis is not None:
+        spec = spec.replace(axis=None)  # may depend on sizes: a tensor like any other in the file
+    elif spec.axis is not None and not reading.config.names_axis(path):
         spec = spec.replace(axis=_output_axis(reading, call, value, right=right))
     if any(r.quantizer == path and r.spec != spec for r in reading.readers):
         path = quantizer_path(call, value)  # the same weight is read along another axis
@@ -185,7 +193,7 @@ def _function(reading: Reading, call: Call) -> None:
     if call.name == "einsum" and not _two_factors(call):
         reading.skip(path, "einsum without an equation of two factors")
         return
-    if _cannot_rewrite(reading, call):
+    if _cannot_reach(reading, call):
         return
     plans = []
     for group in FUNCTIONS[call.name].operands:

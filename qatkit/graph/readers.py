@@ -197,10 +197,16 @@ def function_path(call: Call) -> str:
     parent = call.parent
     if parent is None or call.module is not None:
         return call.name
-    same = [c for c in parent.children if c.module is None and c.name == call.name]
-    number = next(i for i, c in enumerate(same) if c is call)
+    number = call_number(call)
     name = f"{call.name}_{number}" if number else call.name
     return join_path(parent.name, name)
+
+
+def call_number(call: Call) -> int:
+    """Return how many calls of the same function its block has made before."""
+    assert call.parent is not None
+    same = [c for c in call.parent.children if c.module is None and c.name == call.name]
+    return next(i for i, c in enumerate(same) if c is call)
 
 
 def quantizer_path(call: Call, value: Value) -> str:

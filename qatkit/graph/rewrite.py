@@ -5,7 +5,6 @@ It is the same object with the same attributes, still an instance of its class.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -15,35 +14,17 @@ from torch import Tensor, fx, nn
 
 from qatkit.errors import QatkitError
 from qatkit.graph.adapt import adapt
+from qatkit.graph.block_plan import BlockPlan
 from qatkit.graph.call_form import CallForm
 from qatkit.graph.level import Trace, float_class, signature, trace_level
-from qatkit.graph.plan import BlockPlan
+from qatkit.graph.planned_block import PlannedBlock, planned_class
 from qatkit.graph.structure import flatten
 
 
-class RewrittenBlock(nn.Module):
-    """Base of the classes that `rewrite` makes, one for each block.
+class RewrittenBlock(PlannedBlock):
+    """Base of the classes that `rewrite` makes, one for each block."""
 
-    A pickle holds the float class, the plan and the state; the forward is made anew from them.
-
-    Attributes:
-        float_class: the class of the block before.
-        block_plan: the quantizer calls in its forward.
-    """
-
-    float_class: ClassVar[type]
     block_plan: ClassVar[BlockPlan]
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickle as the float class and the plan."""
-        return _blank, (self.float_class, self.block_plan), self.__dict__
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> RewrittenBlock:
-        """Copy the state; the forward is a pure function of it and is shared."""
-        twin = type(self).__new__(type(self))
-        memo[id(self)] = twin
-        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return twin
 
 
 def rewrite(block: nn.Module, plan: BlockPlan) -> None:
@@ -123,15 +104,7 @@ def _class(kind: type, plan: BlockPlan, first: _Body) -> type:
         bodies.append(_body_for(self, plan, args, kwargs))
         return type(self).forward(self, *args, **kwargs)
 
-    members = {
-        "forward": forward,
-        "float_class": kind,
-        "block_plan": plan,
-        "__module__": kind.__module__,
-        "__qualname__": kind.__qualname__,
-        "__doc__": kind.__doc__,
-    }
-    return type(kind.__name__, (RewrittenBlock, kind), members)
+    return planned_class(RewrittenBlock, kind, plan, forward, rewrite)
 
 
 def _as_number(leaf: Any) -> Any:
@@ -161,15 +134,3 @@ def _compile(graph: fx.Graph) -> Callable[..., Any]:
     exec(compile(code.src, "<qatkit block>", "exec"), scope)
     function: Callable[..., Any] = scope["forward"]
     return function
-
-
-def _blank(kind: type, plan: BlockPlan) -> nn.Module:
-    """Make an object of the float class that becomes the rewritten block when its state is set."""
-
-    def setstate(self: nn.Module, state: dict[str, Any]) -> None:
-        self.__class__ = kind
-        self.__dict__.update(state)
-        rewrite(self, plan)
-
-    shell: type[nn.Module] = type(kind.__name__, (kind,), {"__setstate__": setstate})
-    return shell.__new__(shell)

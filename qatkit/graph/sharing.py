@@ -10,11 +10,13 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
+from qatkit.graph.block_plan import BlockPlan, InterceptionPlan, Replacement, Site
 from qatkit.graph.capture import Call, Value
+from qatkit.graph.interception_planner import InterceptionPlanner
 from qatkit.graph.level import LevelError, signature
 from qatkit.graph.levels import name_of
 from qatkit.graph.matching import Level
-from qatkit.graph.plan import BlockPlan, QuantizerPlan, Replacement, Site, Skip
+from qatkit.graph.plan import QuantizerPlan, Skip, relative
 from qatkit.graph.readers import Reader, Reading
 from qatkit.nn.slots import quantizer_of
 
@@ -27,6 +29,7 @@ class Sharing:
         quantizers: one for each tensor.
         values: what each of them reads, by path.
         blocks: blocks whose forward calls one.
+        interceptions: blocks that run as they are, with quantized operands.
         relieved: layers whose input arrives quantized.
         skipped: readers that could not be served, and why.
     """
@@ -34,6 +37,7 @@ class Sharing:
     quantizers: list[QuantizerPlan] = field(default_factory=list)
     values: dict[str, tuple[Value, ...]] = field(default_factory=dict)
     blocks: list[BlockPlan] = field(default_factory=list)
+    interceptions: list[InterceptionPlan] = field(default_factory=list)
     relieved: set[str] = field(default_factory=set)
     skipped: list[Skip] = field(default_factory=list)
 
@@ -49,6 +53,7 @@ class _Sharer:
         self._levels = reading.levels
         self._sites: dict[str, list[Site]] = {}
         self._replacements: dict[str, list[Replacement]] = {}
+        self._interceptions = InterceptionPlanner(reading)
         self._result = Sharing()
 
     def run(self) -> Sharing:
@@ -71,6 +76,7 @@ class _Sharer:
                 level.numbers,
             )
             self._result.blocks.append(plan)
+        self._result.interceptions = self._interceptions.plans()
         return self._result
 
     def _group(self, group: list[Reader]) -> None:
@@ -112,6 +118,8 @@ class _Sharer:
         try:
             levels = self._levels.of(block)
         except LevelError as error:
+            if self._interceptions.quantize(group, block, quantizer):
+                return group
             if len(group) == 1:
                 reason = f"{group[0].reason}; but {name_of(block)} cannot be rewritten: {error}"
                 self._result.skipped.append(Skip(quantizer, reason))
@@ -127,7 +135,7 @@ class _Sharer:
         functions = [reader for reader in served if not reader.is_layer]
         if len({reader.calls for reader in served}) < 2 and not functions:
             return []
-        site = Site(_inside(block, quantizer), source, pairs)
+        site = Site(relative(block.name, quantizer), source, pairs)
         self._sites.setdefault(block.name, []).append(site)
         self._result.relieved.update(reader.path for reader in served if reader.relieves)
         return list(served)
@@ -135,18 +143,16 @@ class _Sharer:
     def _replace(self, path: str, calls: list[Call]) -> None:
         """Put a module in the place of a function that a block calls."""
         block = calls[0].parent
-        levels = self._levels.of(block)
         assert block is not None
+        if self._levels.why_not(block):
+            self._interceptions.replace(calls[0], path)
+            return
+        levels = self._levels.of(block)
         for node, call in levels[0].calls.items():
             if call is calls[0]:
                 index = list(levels[0].graph.nodes).index(node)
-                replaced = Replacement(index, _inside(block, path), call.name)
+                replaced = Replacement(index, relative(block.name, path), call.name)
                 self._replacements.setdefault(block.name, []).append(replaced)
-
-
-def _inside(block: Call, path: str) -> str:
-    """Return a path relative to a block."""
-    return path.removeprefix(f"{block.name}." if block.name else "")
 
 
 _Found = tuple[int, tuple[tuple[int, int], ...], tuple[Reader, ...]]

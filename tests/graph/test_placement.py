@@ -489,6 +489,12 @@ def test_squeeze_and_excite():
     assert "block.pool.input_quantizer" in quantizer_paths(model)
 
 
+@pytest.mark.parametrize(("size", "quantized"), [(1, True), (5, True), (12, True), (24, False)])
+def test_an_adaptive_pool_that_enlarges_copies(size, quantized):
+    model = prepared(nn.Sequential(conv(3), nn.AdaptiveAvgPool2d(size), conv()))
+    assert ("1.input_quantizer" in quantizer_paths(model)) == quantized
+
+
 def test_no_tensor_in_a_module_call():
     class Positions(nn.Module):
         def __init__(self):

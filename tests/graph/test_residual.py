@@ -371,3 +371,26 @@ class InplaceAliasIntoModule(InplaceAlias):
 def test_an_alias_that_a_module_reads():
     model = prepared(Body(InplaceAliasIntoModule()))
     assert qatkit.plan(model, X).blocks == ()
+
+
+class Flow(nn.Module):
+    """Adds what a convolution says to pixel coordinates, as optical flow does."""
+
+    def __init__(self, near):
+        super().__init__()
+        self.f, self.g, self.near = conv(), conv(), near
+        self.register_buffer("grid", torch.arange(12.0).expand(12, 12))
+
+    def forward(self, x):
+        coordinates = (x.mean(1, keepdim=True) + self.grid).expand(-1, 8, -1, -1).sin().floor()
+        moved = coordinates + self.f(x)
+        return self.g(moved.relu() / 12.0) if self.near else moved - self.grid
+
+
+@pytest.mark.parametrize("near", [True, False])
+def test_a_sum_far_from_int8_stays_float(near):
+    plan = qatkit.plan(Flow(near), torch.randn(1, 8, 12, 12))
+    added = "add_1_quantizer" in {entry.path for entry in plan.quantizers}
+    assert added == near
+    if not near:
+        assert "get to an INT8 operator" in skipped(plan)["add_1"]

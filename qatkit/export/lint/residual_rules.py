@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from qatkit.backend import Backend
 from qatkit.export.lint.finding import Finding
 from qatkit.export.lint.graph_view import GraphView, Node
+from qatkit.export.lint.reach import reaches_quantizer
 from qatkit.export.lint.rule import Rule
 from qatkit.export.lint.walks import (
     CONVS,
@@ -159,9 +160,15 @@ def _residual_findings(view: GraphView, backend: Backend) -> Iterator[Finding]:
         text = _verdict(branch, skip)
         if text:
             wrong = branch.quantized and not skip.quantized
-            level = "INFO" if wrong and not sure else "WARN"
+            near = branch.quantized or bool(skip.kind) or _near(view, skip, node, backend)
+            level = "INFO" if (wrong and not sure) or not near else "WARN"
             remedy = f"quantize {skip.tensor!r} only, {branch.tensor!r} fuses"
             yield Finding(rule, level, node.name, text, remedy=remedy)
+
+
+def _near(view: GraphView, skip: Operand, node: Node, backend: Backend) -> bool:
+    """Return whether the skip input or the sum gets to a quantizer: else nothing runs in INT8."""
+    return any(reaches_quantizer(view, name, backend) for name in (skip.tensor, node.output))
 
 
 def _verdict(branch: Operand, skip: Operand) -> str:

@@ -139,3 +139,33 @@ def test_f6c_mask_on_attention_scores_is_no_residual():
     scores = g.op("MatMul", xq, g.op("Transpose", xq, perm=[0, 2, 1]), name="qk")
     y = g.op("Softmax", g.op("Add", scores, x, name="mask"), axis=-1)
     assert findings_of(g.model(y), check=True) == []
+
+
+def far_sum(tail):
+    """Coordinates from a float operator, plus the result of an INT8 convolution, plus ``tail``."""
+    g = Graph()
+    x = g.qdq(g.op("Relu", g.input(1, 16, 8, 8)), name="x")
+    coordinates = g.op("Floor", g.op("Sin", g.input(1, 16, 8, 8)))
+    total = g.op("Add", coordinates, g.conv(x, 16, 16, name="conv"), name="add")
+    return findings_of(g.model(tail(g, total)), "F6")
+
+
+def layer_norm(g, x):
+    centered = g.op("Sub", x, g.op("ReduceMean", x, axes=[1]))
+    variance = g.op("ReduceMean", g.op("Mul", centered, centered), axes=[1])
+    deviation = g.op("Sqrt", g.op("Add", variance, g.const(np.array(1e-5))))
+    return g.op("Div", centered, deviation)
+
+
+@pytest.mark.parametrize(
+    ("tail", "level"),
+    [
+        (lambda g, y: g.op("Sin", y), "INFO"),
+        (lambda g, y: g.conv(g.qdq(g.op("Sub", y, g.const(np.ones(1))), name="q"), 16, 16), "INFO"),
+        (lambda g, y: g.conv(g.qdq(g.op("Relu", y), name="q"), 16, 16), "WARN"),
+        (lambda g, y: g.conv(g.qdq(layer_norm(g, y), name="q"), 16, 16), "WARN"),
+    ],
+    ids=["no INT8 behind", "a difference behind", "relu", "decomposed layer norm"],
+)
+def test_f6_asks_only_where_int8_is_near(tail, level):
+    assert far_sum(tail) == [("F6", level, "add")]
