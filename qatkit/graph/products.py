@@ -52,7 +52,7 @@ def read_products(reading: Reading) -> None:
     for call in reading.capture.operators:
         if call.module is not None or all(value.constant for value in call.inputs):
             continue
-        if call.name in FUNCTIONS and not any(value.constant for value in _read(call)):
+        if call.name in FUNCTIONS and not any(_is_weight(reading, call, v) for v in _read(call)):
             _function(reading, call)
         elif call.kind in reading.backend.weighted:
             _product(reading, call)
@@ -128,7 +128,7 @@ def _factors(call: Call) -> tuple[Value, Value] | None:
 def _factor(reading: Reading, call: Call, value: Value, *, right: bool) -> Reader | None:
     """Return how a function reads one factor, ``None`` where a rule disables it."""
     block = call.parent.name if call.parent is not None else ""
-    if not value.constant:
+    if not _is_weight(reading, call, value):
         path = quantizer_path(call, value)
         spec = reading.spec(path, "activation")
         rule = "F1" if call.kind in ("Gemm", "Conv", "ConvTranspose") else "F13"
@@ -146,15 +146,20 @@ def _factor(reading: Reading, call: Call, value: Value, *, right: bool) -> Reade
     if spec is None:
         reading.skip(path, "disabled by a rule")
         return None
-    computed = not value.name and reading.levels.why_not(call.parent)
-    if computed and spec.axis is not None:
-        spec = spec.replace(axis=None)  # may depend on sizes: a tensor like any other in the file
-    elif spec.axis is not None and not reading.config.names_axis(path):
+    if spec.axis is not None and not reading.config.names_axis(path):
         spec = spec.replace(axis=_output_axis(reading, call, value, right=right))
     if any(r.quantizer == path and r.spec != spec for r in reading.readers):
         path = quantizer_path(call, value)  # the same weight is read along another axis
     reason = f"F2: weight of {call.kind}"
     return Reader(block, path, (call,), (value,), spec, reason, role="weight")
+
+
+def _is_weight(reading: Reading, call: Call, value: Value) -> bool:
+    """Tell whether a value is a weight: a parameter, or computed from nothing else.
+
+    What a forward that branches computes may depend on sizes: a tensor like any other.
+    """
+    return value.constant and bool(value.name or not reading.levels.why_not(call.parent))
 
 
 def _output_axis(reading: Reading, call: Call, value: Value, *, right: bool) -> int | None:
