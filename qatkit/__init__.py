@@ -3,6 +3,7 @@
 In the order of use: `plan`, `prepare`, `calibrate`, training with a `QATSchedule`, `export_onnx`.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from qatkit import nn
@@ -17,7 +18,6 @@ from qatkit.graph.plan import Plan
 from qatkit.modes import disable_quantization, enable_quantization
 from qatkit.prepare import plan, prepare
 from qatkit.quantizer import TensorQuantizer
-from qatkit.schedule import QATSchedule
 from qatkit.spec import QuantSpec
 from qatkit.summary import summary
 from qatkit.version import __version__ as __version__
@@ -31,11 +31,19 @@ if TYPE_CHECKING:
         lint_onnx,
         verify_onnx,
     )
+    from qatkit.training.batch_norm import reestimate_batch_norm
+    from qatkit.training.distillation import Distiller
+    from qatkit.training.nan_guard import NanGuard
+    from qatkit.training.oscillation import OscillationTracker, oscillation_loss
+    from qatkit.training.schedule import QATSchedule
 
 __all__ = [
     "CalibrationReport",
+    "Distiller",
     "ExportReport",
     "Finding",
+    "NanGuard",
+    "OscillationTracker",
     "Plan",
     "QATSchedule",
     "QatkitError",
@@ -54,33 +62,40 @@ __all__ = [
     "lint_onnx",
     "load",
     "nn",
+    "oscillation_loss",
     "plan",
     "prepare",
+    "reestimate_batch_norm",
     "save",
     "shrink_range",
     "summary",
     "verify_onnx",
 ]
 
-_OF_EXPORT = (
-    "ExportReport",
-    "Finding",
-    "VerifyReport",
-    "export_onnx",
-    "lint_onnx",
-    "verify_onnx",
-)
+# Imported at their first use: the exporter alone is a third of what importing qatkit would cost.
+_LATER = {
+    "ExportReport": "export",
+    "Finding": "export",
+    "VerifyReport": "export",
+    "export_onnx": "export",
+    "lint_onnx": "export",
+    "verify_onnx": "export",
+    "Distiller": "training.distillation",
+    "NanGuard": "training.nan_guard",
+    "OscillationTracker": "training.oscillation",
+    "QATSchedule": "training.schedule",
+    "oscillation_loss": "training.oscillation",
+    "reestimate_batch_norm": "training.batch_norm",
+}
 
 
 def __getattr__(name: str) -> object:
-    """Import the exporter at its first use: it is a third of what importing qatkit would cost."""
-    if name not in _OF_EXPORT:
+    """Import what a name is in at its first use."""
+    if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from qatkit import export
-
-    return getattr(export, name)
+    return getattr(import_module(f"{__name__}.{_LATER[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    """Return all names, those of the exporter too."""
-    return sorted({*globals(), *_OF_EXPORT})
+    """Return all names, those imported later too."""
+    return sorted({*globals(), *_LATER})

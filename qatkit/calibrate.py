@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from itertools import islice
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qatkit import observers
-from qatkit.batches import BatchReader, device_of, to_device
 from qatkit.calibration_report import CalibratedRange, CalibrationReport
-from qatkit.errors import QatkitError, QatkitTypeError, shorten
+from qatkit.errors import QatkitError
 from qatkit.freeze import saved_range
 from qatkit.functional import count_nonfinite
-from qatkit.graph.structure import tensors
 from qatkit.modes import (
     disable_quantization,
     quantizers,
@@ -27,6 +23,7 @@ from qatkit.modes import (
 )
 from qatkit.prepare import weight_quantizers
 from qatkit.quantizer import TensorQuantizer
+from qatkit.running import check_data, run_over, uncompiled
 from qatkit.spec import OBSERVER_NAMES, suggest
 
 logger = logging.getLogger(__name__)
@@ -85,8 +82,8 @@ def calibrate(
     (8, ('0.input_quantizer', -1.0, 1.0))
     """
     select_quantizers(model, "*", "calibrate")
-    _check_data(data)
-    _check_options(batches, method)
+    check_data(data, batches, "calibrate")
+    _check_method(method)
     from qatkit.collecting import collecting
     from qatkit.observers.calibrators import Settings, check_settings
 
@@ -101,66 +98,9 @@ def calibrate(
         if calibrator is not None:
             activations = _activations(model, watch.quantizers)
             stack.enter_context(collecting(activations, calibrator, percentile, coverage))
-        stack.enter_context(_uncompiled())
-        count, samples = _run(model, data, batches, progress)
+        stack.enter_context(uncompiled())
+        count, samples = run_over(model, data, batches, "calibrate", progress=progress)
     return watch.report(count, samples)
-
-
-def _run(
-    model: nn.Module, data: Iterable[Any], limit: int | None, progress: bool
-) -> tuple[int, int]:
-    """Run the model over the data; return how many batches and samples there were."""
-    reader, device = BatchReader(model), device_of(model)
-    count = samples = 0
-    with torch.no_grad():
-        for batch in _with_progress(data, limit, progress):
-            args, kwargs = to_device(reader.arguments(batch, count), device)
-            given = tensors((args, kwargs))
-            try:
-                model(*args, **kwargs)
-            except QatkitError:
-                raise
-            except Exception as error:
-                shapes = ", ".join(f"{tuple(x.shape)} {x.dtype}" for x in given)
-                raise QatkitError(
-                    f"{type(model).__name__}: does not run on batch {count}, {shapes} "
-                    f"({shorten(str(error))}); give calibrate the data that the model is used with"
-                ) from error
-            count += 1
-            samples += given[0].shape[0] if given[0].dim() else 1
-    if not count:
-        raise QatkitError(
-            "calibrate: the data has no batches; give a fresh iterator or a longer data set"
-        )
-    return count, samples
-
-
-def _with_progress(data: Iterable[Any], limit: int | None, progress: bool) -> Iterable[Any]:
-    """Return the first ``limit`` batches, with a bar on a terminal."""
-    chosen = islice(data, limit)
-    if not progress:
-        return chosen
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return chosen
-    lengths = [length for length in (limit, _length(data)) if length is not None]
-    bar: Iterable[Any] = tqdm(
-        chosen,
-        total=min(lengths, default=None),
-        desc="calibrating",
-        unit="batch",
-        leave=False,
-        disable=None,
-    )
-    return bar
-
-
-def _length(data: Any) -> int | None:
-    try:
-        return len(data)
-    except (TypeError, NotImplementedError):
-        return None
 
 
 @contextmanager
@@ -195,14 +135,6 @@ def _split_method(method: str | None) -> tuple[str | None, str | None]:
     if method == "max":
         return "minmax", None
     return (None, method) if method in observers.CALIBRATORS else (method, None)
-
-
-def _uncompiled() -> AbstractContextManager[Any]:
-    """Let compiled models run eagerly: their graphs know nothing of the hooks."""
-    if "torch._dynamo" not in sys.modules:
-        return nullcontext()
-    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
-    return stance
 
 
 class _Watch:
@@ -263,20 +195,7 @@ def _entry(path: str, quantizer: TensorQuantizer) -> CalibratedRange:
     return CalibratedRange(path, low.min().item(), high.max().item(), quantizer.scale.max().item())
 
 
-def _check_data(data: object) -> None:
-    if isinstance(data, Tensor | str | bytes | dict | nn.Module) or not isinstance(data, Iterable):
-        raise QatkitTypeError(
-            f"calibrate: data is a {type(data).__name__}; give an iterable of batches, "
-            "for example a DataLoader or [x]"
-        )
-
-
-def _check_options(batches: int | None, method: str | None) -> None:
-    whole = isinstance(batches, int) and not isinstance(batches, bool)
-    if batches is not None and not (whole and batches >= 1):
-        raise QatkitError(
-            f"calibrate(batches={batches!r}): give a positive integer, or None for all"
-        )
+def _check_method(method: str | None) -> None:
     if method is not None and not (isinstance(method, str) and method in methods()):
         raise QatkitError(
             f"calibrate(method={method!r}): unknown method, {suggest(method, methods())}"

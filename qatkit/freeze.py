@@ -66,25 +66,21 @@ def freeze_ranges(model: nn.Module) -> Mode:
     return Mode(change)
 
 
-def freeze_known_ranges(model: nn.Module, *, keep_weight_ranges: bool = False) -> None:
+def freeze_known_ranges(model: nn.Module) -> None:
     """Freeze the ranges there are, for good, and name the quantizers without one in the log.
 
     Args:
         model: a prepared model.
-        keep_weight_ranges: leave the remembered ranges of the weights alone, because they were
-            frozen before they were saved.
     """
-    missing = set(_without_range(model))
+    missing = set(_without_range(model, switched_off=True))
     if missing:
         logger.warning(
             "not frozen, because they have seen no data: %s; qatkit.calibrate(model, data) gives "
             "them a range",
             ", ".join(sorted(missing)),
         )
-    weights = list(weights_of(model))
-    if keep_weight_ranges:
-        weights = [weight for weight in weights if not weight.quantizer.calibrated]
-    _freeze([each for path, each in _freezable(model).items() if path not in missing], weights)
+    freezable = _freezable(model).items()
+    _freeze([each for path, each in freezable if path not in missing], list(weights_of(model)))
 
 
 def freeze_batch_norm(model: nn.Module) -> Mode:
@@ -136,13 +132,15 @@ def _freezable(model: nn.Module) -> dict[str, TensorQuantizer]:
     return {path: each for path, each in quantizers(model) if path not in computed}
 
 
-def _without_range(model: nn.Module) -> list[str]:
+def _without_range(model: nn.Module, *, switched_off: bool = False) -> list[str]:
     """Return the paths of the quantizers that would need a range and have none."""
     follows = {id(weight.quantizer) for weight in weights_of(model)}
     return [
         path
         for path, quantizer in quantizers(model)
-        if quantizer.quantize and id(quantizer) not in follows and not quantizer.has_range
+        if (quantizer.quantize or switched_off)
+        and id(quantizer) not in follows
+        and not quantizer.has_range
     ]
 
 
@@ -164,7 +162,7 @@ def _freeze(frozen: list[TensorQuantizer], weights: list[Weight]) -> Undo:
 
     try:
         for weight in followers:
-            _observe_weight(weight)
+            remember_weight_range(weight)
     except BaseException:
         undo()
         raise
@@ -178,7 +176,7 @@ def saved_range(quantizer: TensorQuantizer) -> dict[str, Tensor]:
     return {name: buffer.clone() for name, buffer in quantizer.state_dict().items()}
 
 
-def _observe_weight(weight: Weight) -> None:
+def remember_weight_range(weight: Weight) -> None:
     """Let the weight quantizer remember the range of the weight as it sees it."""
     quantizer = weight.quantizer
     before = quantizer.observe, quantizer.quantize

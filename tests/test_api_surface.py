@@ -43,6 +43,12 @@ SIGNATURES = {
     "load": "(model, path)",
     "fake_quantize": "(x, scale, zero_point, quant_min, quant_max, axis=None)",
     "TensorQuantizer": "(spec, channels=None, *, device=None)",
+    "Distiller": "(student, teacher, *, logits='kl', temperature=4.0, logits_weight=1.0, "
+    "features=(), feature_loss='mse', feature_weight=1.0, class_axis=1, select=None)",
+    "NanGuard": "(model)",
+    "OscillationTracker": "(model, *, threshold=0.02, momentum=0.01)",
+    "oscillation_loss": "(model)",
+    "reestimate_batch_norm": "(model, data, *, batches=None, progress=True)",
 }
 # Pinned by name; what they take beyond these leading parameters may still grow.
 LEADING = {"QATSchedule": ["model", "epochs"]}
