@@ -15,11 +15,13 @@ from qatkit.errors import QatkitError
 from qatkit.freeze import freeze_batch_norm, freeze_ranges
 from qatkit.functional import fake_quantize, shrink_range
 from qatkit.graph.plan import Plan
+from qatkit.learned_quantizer import LearnedQuantizer
 from qatkit.modes import disable_quantization, enable_quantization
 from qatkit.prepare import plan, prepare
 from qatkit.quantizer import TensorQuantizer
 from qatkit.spec import QuantSpec
 from qatkit.summary import summary
+from qatkit.training.parameter_groups import parameter_groups
 from qatkit.version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -42,6 +44,7 @@ __all__ = [
     "Distiller",
     "ExportReport",
     "Finding",
+    "LearnedQuantizer",
     "NanGuard",
     "OscillationTracker",
     "Plan",
@@ -63,6 +66,7 @@ __all__ = [
     "load",
     "nn",
     "oscillation_loss",
+    "parameter_groups",
     "plan",
     "prepare",
     "reestimate_batch_norm",

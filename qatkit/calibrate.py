@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,15 +23,19 @@ from qatkit.modes import (
 )
 from qatkit.prepare import weight_quantizers
 from qatkit.quantizer import TensorQuantizer
-from qatkit.running import check_data, run_over, uncompiled
-from qatkit.spec import OBSERVER_NAMES, suggest
+from qatkit.ranks import rank
+from qatkit.running import check_data, require_batches, run_over, uncompiled
+from qatkit.spec import WATCHING, suggest
+
+if TYPE_CHECKING:
+    from qatkit.sharding import Seen
 
 logger = logging.getLogger(__name__)
 
 
 def methods() -> tuple[str, ...]:
     """Return the names that ``method`` can be: observers, then calibrators."""
-    estimators = (name for name in OBSERVER_NAMES if name != "fixed")
+    estimators = (name for name in WATCHING if name != "fixed")
     return tuple(dict.fromkeys([*estimators, *observers.CALIBRATORS]))
 
 
@@ -48,8 +52,13 @@ def calibrate(
     """Estimate all ranges anew from data, with the model in eval mode and unquantized.
 
     The model, its modes and flags are afterwards as before, but for the ranges. If anything goes
-    wrong the ranges are as before too. A quantizer that no data reaches keeps its range. In a
-    distributed run, each process sets the ranges of its own model: give all of them the same data.
+    wrong the ranges are as before too. A quantizer that no data reaches keeps its range.
+
+    In a ``torch.distributed`` run all ranks call it, each with its own part of the data, of any
+    number of batches. Ranges and report are then the same on all ranks, and those that one process
+    gets from batch 0 of all ranks, batch 1 of all ranks, and so on. Where the order does not matter
+    (minmax and the calibrators) any sharding of the samples gives the ranges of the whole data.
+    If one rank fails, all do.
 
     Args:
         model: a prepared model.
@@ -73,7 +82,9 @@ def calibrate(
     Raises:
         QatkitError: the model has no quantizers, the data is empty or has no input in it, the model
             does not run on it, ``batches`` is below 1, there is no such method, a setting of it is
-            out of its range, or a calibrator meets an activation with one range per channel.
+            out of its range, or a calibrator meets an activation with one range per channel. In a
+            distributed run also: another rank failed, or the histograms of an ``-exact`` method,
+            which cannot be summed.
 
     >>> from qatkit.nn import QuantLinear
     >>> net = nn.Sequential(QuantLinear(2, 2))
@@ -86,6 +97,7 @@ def calibrate(
     _check_method(method)
     from qatkit.collecting import collecting
     from qatkit.observers.calibrators import Settings, check_settings
+    from qatkit.sharding import ShardedRanges, failure
 
     check_settings(Settings(percentile=percentile, coverage=coverage), "calibrate")
     observer, calibrator = _split_method(method)
@@ -98,9 +110,20 @@ def calibrate(
         if calibrator is not None:
             activations = _activations(model, watch.quantizers)
             stack.enter_context(collecting(activations, calibrator, percentile, coverage))
+        shard = stack.enter_context(ShardedRanges(watch.quantizers))
         stack.enter_context(uncompiled())
-        count, samples = run_over(model, data, batches, "calibrate", progress=progress)
-    return watch.report(count, samples)
+        shown = progress and rank() == 0
+        try:
+            count, samples = run_over(
+                model, data, batches, "calibrate", progress=shown, after_batch=shard.end_batch
+            )
+        except Exception as error:
+            shard.exchange(failure(error))
+            raise
+        seen = shard.exchange(watch.seen(count, samples))
+        require_batches(seen.batches, "calibrate")
+        watch.nonfinite = dict(seen.nonfinite)
+    return watch.report(seen.batches, seen.samples)
 
 
 @contextmanager
@@ -147,7 +170,7 @@ class _Watch:
     def __init__(self, quantizers: dict[str, TensorQuantizer]) -> None:
         self.quantizers = quantizers
         self._before = {path: saved_range(quantizer) for path, quantizer in quantizers.items()}
-        self._nonfinite: dict[str, int] = {}
+        self.nonfinite: dict[str, int] = {}
         self.unreached: tuple[str, ...] = ()
         self._handles: list[Any] = []
 
@@ -164,7 +187,13 @@ class _Watch:
 
     def _has_seen(self, path: str) -> bool:
         """Tell whether a quantizer got a number: not only empty tensors or NaN."""
-        return path in self._nonfinite and self.quantizers[path].calibrated
+        return path in self.nonfinite and self.quantizers[path].calibrated
+
+    def seen(self, batches: int, samples: int) -> Seen:
+        """Return what this rank has seen."""
+        from qatkit.sharding import Seen
+
+        return Seen(batches, samples, self.nonfinite)
 
     def _counter(self, path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def count(_: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -172,13 +201,13 @@ class _Watch:
             # One fast pass over tensors that are fine: their sum is finite too.
             fine = torch.isfinite(x.sum(dtype=torch.float32))
             new = 0 if fine else int(count_nonfinite(x))
-            self._nonfinite[path] = self._nonfinite.get(path, 0) + new
+            self.nonfinite[path] = self.nonfinite.get(path, 0) + new
 
         return count
 
     def report(self, batches: int, samples: int) -> CalibrationReport:
         """Return what was seen, and say in the log what is odd about it."""
-        odd = tuple((path, n) for path in self.quantizers if (n := self._nonfinite.get(path)))
+        odd = tuple((path, n) for path in self.quantizers if (n := self.nonfinite.get(path)))
         reached = ((p, q) for p, q in self.quantizers.items() if p not in self.unreached)
         if odd:
             found = ", ".join(f"{path} ({count})" for path, count in odd)

@@ -33,6 +33,7 @@ from qatkit.nn.batchnorm import (
 from qatkit.nn.functions import FUNCTIONS
 from qatkit.prepare import apply_plan, plan_of
 from qatkit.quantizer import Observe
+from qatkit.ranks import GATHER, require_whole
 from qatkit.version import __version__
 
 FORMAT = 1
@@ -65,6 +66,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     (True, 'QuantLinear')
     """
     require_module(model, "save")
+    require_whole(model, "save", GATHER)
     plan = plan_of(model)
     if plan is None:
         raise QatkitError(
@@ -101,6 +103,7 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         MissingExtraError: safetensors is not installed.
     """
     require_module(model, "load")
+    require_whole(model, "load", "load first and call fully_shard then")
     header, tensors = _read(Path(path))
     existing = plan_of(model)
     if existing is not None and existing != header.plan:

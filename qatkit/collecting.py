@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from qatkit.errors import QatkitError
 from qatkit.observers.calibrators import Collector
 from qatkit.quantizer import TensorQuantizer
+from qatkit.sharding import check_mergeable, merge_over_ranks
 
 
 @contextmanager
@@ -18,7 +19,8 @@ def collecting(
 ) -> Iterator[None]:
     """Count what each quantizer sees; on leaving without an exception set its range.
 
-    A quantizer that sees nothing keeps the range it has. One with a fixed range, or one that takes
+    In a distributed run the histograms of all ranks are summed, and all ranks have to leave it. A
+    quantizer that sees nothing keeps the range it has. One with a fixed range, or one that takes
     the range of each tensor anew (``memory="latest"``), is left alone.
 
     Args:
@@ -28,8 +30,10 @@ def collecting(
         coverage: see there.
 
     Raises:
-        QatkitError: a setting is out of its range, or a quantizer has one range per channel.
+        QatkitError: a setting is out of its range, a quantizer has one range per channel, or the
+            histograms of several ranks cannot be summed.
     """
+    check_mergeable(method)
     collectors = {
         path: _collector(path, quantizer, method, percentile, coverage)
         for path, quantizer in quantizers.items()
@@ -41,6 +45,9 @@ def collecting(
             handle = quantizers[path].register_forward_pre_hook(_adding_to(collector))
             stack.callback(handle.remove)
         yield
+    device = next((quantizer.num_batches.device for quantizer in quantizers.values()), None)
+    if device is not None:
+        merge_over_ranks(list(collectors.values()), device)
     for path, collector in collectors.items():
         if collector.batches:
             quantizers[path].set_range(*collector.range())

@@ -16,11 +16,12 @@ class QatkitTypeError(QatkitError, TypeError):
 
 
 class MissingExtraError(QatkitError, ImportError):
-    """A feature needs a package of an optional extra that is not installed."""
+    """A feature needs a package that is not installed."""
 
-    def __init__(self, package: str, extra: str) -> None:
-        """Name the missing ``package`` and the ``extra`` that brings it."""
-        super().__init__(f"{package} is not installed: pip install 'qatkit[{extra}]'")
+    def __init__(self, package: str, extra: str | None = None) -> None:
+        """Name the missing ``package`` and the ``extra`` that brings it, if there is one."""
+        wanted = package if extra is None else f"'qatkit[{extra}]'"
+        super().__init__(f"{package} is not installed: pip install {wanted}")
         self.package = package
         self.extra = extra
 

@@ -26,6 +26,8 @@ from qatkit.nn.registry import swap, swappable
 from qatkit.nn.slots import SUFFIX
 from qatkit.nn.weights import weights_of
 from qatkit.quantizer import TensorQuantizer, share_range
+from qatkit.ranks import require_whole
+from qatkit.synchronize import RangeSynchronizer
 
 _PLAN = "_qatkit_plan"
 
@@ -57,6 +59,7 @@ def plan(model: nn.Module, example_inputs: Any, config: QuantConfig | str | None
     3.weight_quantizer  8     minmax, axis 0  F2: weight of Gemm
     """
     require_module(model, "plan")
+    require_whole(model, "plan", "prepare the float model first and call fully_shard then")
     chosen = QuantConfig.of(config)
     existing = plan_of(model)
     if existing is not None:
@@ -103,6 +106,7 @@ def prepare(
     'QuantConv2d'
     """
     require_module(model, "prepare")
+    require_whole(model, "prepare", "prepare the float model first and call fully_shard then")
     wanted = plan(model, example_inputs, config)
     if plan_of(model) is None:
         apply_plan(wanted, model)
@@ -147,6 +151,7 @@ def apply_plan(wanted: Plan, model: nn.Module) -> None:
             rewrite(modules[block.path], block)
         for module in modules.values():
             avoid_fast_path(module)
+        _synchronize(wanted, model)
         for interception in wanted.interceptions:
             intercept(modules[interception.path], interception)
     except BaseException:
@@ -246,6 +251,19 @@ def _attach_activations(wanted: Plan, model: nn.Module) -> None:
     _fill_slots(model)
     for group in wanted.groups:
         share_range([made[path] for path in group])
+
+
+def _synchronize(wanted: Plan, model: nn.Module) -> None:
+    """Let the activation quantizers have the same ranges on all ranks of a distributed run."""
+    observed = [q for q in wanted.quantizers if q.role != "weight" and not q.spec.learned]
+    found = [each for entry in observed if (each := _quantizer(model, entry.path)) is not None]
+    if found:
+        RangeSynchronizer(model, found)
+
+
+def _quantizer(model: nn.Module, path: str) -> TensorQuantizer | None:
+    module = model.get_submodule(path)
+    return module if isinstance(module, TensorQuantizer) else None
 
 
 def _fill_slots(model: nn.Module) -> None:

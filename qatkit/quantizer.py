@@ -4,15 +4,30 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from qatkit.errors import QatkitError
-from qatkit.functional import fake_quantize, fake_quantize_unclipped, qparams
+from qatkit.functional import (
+    fake_quantize,
+    fake_quantize_learned,
+    fake_quantize_unclipped,
+    qparams,
+)
 from qatkit.kernels import is_eager_cpu
-from qatkit.observers import OBSERVERS, is_empty, update
+from qatkit.observers import (
+    OBSERVERS,
+    Grid,
+    Range,
+    gradient_of,
+    holds_range,
+    translated,
+    update,
+)
+from qatkit.ranks import range_of_parts, stacked_over_ranks, world_size
+from qatkit.recompute import UsedRanges, is_recomputing, may_be_recomputed
 from qatkit.spec import QuantSpec
 
 Observe = Literal["training", "always", "never"]
@@ -35,6 +50,8 @@ class TensorQuantizer(nn.Module):
     concatenation) share one scale: each remembers its own tensor, and all quantize with the union
     of their ranges (`share_range`).
 
+    With a learned observer (`qatkit.spec.LEARNED`) it is a `LearnedQuantizer`.
+
     Args:
         spec: the integer grid and the observer.
         channels: length of ``spec.axis``; needed when there is one, so that the buffers have their
@@ -47,6 +64,8 @@ class TensorQuantizer(nn.Module):
         min_val: () or (channels,) float32, lower end of the remembered range.
         max_val: the upper end.
         num_batches: () int64, how many tensors the range has seen; 0 means no range.
+        queue: where the ranges of this forward wait for those of the other ranks; ``None`` where
+            they join the memory at once.
 
     Raises:
         QatkitError: ``channels`` is missing or there is no axis for it.
@@ -62,6 +81,15 @@ class TensorQuantizer(nn.Module):
     max_val: Tensor
     num_batches: Tensor
 
+    _trained: ClassVar[type[TensorQuantizer]]
+    """The class that trains its range."""
+
+    def __init_subclass__(cls, *, trained: bool = False, **more: Any) -> None:
+        """Take note of the class that trains its range."""
+        super().__init_subclass__(**more)
+        if trained:
+            TensorQuantizer._trained = cls
+
     def __init__(
         self, spec: QuantSpec, channels: int | None = None, *, device: torch.device | None = None
     ) -> None:
@@ -72,6 +100,8 @@ class TensorQuantizer(nn.Module):
                 f"TensorQuantizer(axis={spec.axis}, channels={channels}): "
                 "give the number of channels exactly when the spec has an axis"
             )
+        if spec.learned and type(self) is TensorQuantizer:
+            self.__class__ = TensorQuantizer._trained
         shape = () if channels is None else (channels,)
         self.spec = spec
         self.name = ""
@@ -79,11 +109,17 @@ class TensorQuantizer(nn.Module):
         self.observe: Observe = "training"
         self._has_range = spec.observer == "fixed"
         self._peers: tuple[TensorQuantizer, ...] = ()
-        low, high = spec.fixed_range or (0.0, 0.0)
-        self.register_buffer("min_val", torch.full(shape, low, device=device))
-        self.register_buffer("max_val", torch.full(shape, high, device=device))
+        self.queue: list[Range] | None = None
+        self._used = UsedRanges()
+        bounds = spec.fixed_range or (0.0, 0.0)
+        self._make_range(*(torch.full(shape, end, device=device) for end in bounds))
         count = torch.tensor(int(self._has_range), dtype=torch.int64, device=device)
         self.register_buffer("num_batches", count)
+
+    def _make_range(self, low: Tensor, high: Tensor) -> None:
+        """Register what holds the range."""
+        self.register_buffer("min_val", low)
+        self.register_buffer("max_val", high)
 
     @property
     def calibrated(self) -> bool:
@@ -110,17 +146,24 @@ class TensorQuantizer(nn.Module):
     @property
     def range(self) -> tuple[Tensor, Tensor]:
         """The range to quantize with: the remembered one, united with those of the peers."""
-        return self._with_peers(self.min_val, self.max_val)
+        low, high = self._with_peers(*self._own_range())
+        return low.detach(), high.detach()
+
+    @property
+    def own_range(self) -> tuple[Tensor, Tensor]:
+        """The remembered range without those of the peers, learned or observed; 0, 0 for none."""
+        low, high = self._own_range()
+        return low.detach(), high.detach()
 
     @property
     def scale(self) -> Tensor:
         """The step of the grid: () or (channels,) float32."""
-        return qparams(*self.range, self.spec)[0]
+        return self._grid().scale.detach()
 
     @property
     def zero_point(self) -> Tensor:
         """The code of 0.0: () or (channels,) int32."""
-        return qparams(*self.range, self.spec)[1]
+        return self._grid().zero_point
 
     @property
     def amax(self) -> Tensor:
@@ -136,34 +179,38 @@ class TensorQuantizer(nn.Module):
             part: (n, *x.shape[1:]) rows of ``x``: they are returned in its place, on its grid.
             at: (n,) their indices.
         """
-        batch = self._observe(x) if self.observing else None
+        grid = self._current_grid(x)
         wanted = x if part is None else part
         if not self.quantize:
             return wanted
-        chosen = self._range_for(x, batch)
-        if chosen is None:  # while observing: nothing but empty or NaN tensors so far
+        if grid is None:  # while observing: nothing but empty or NaN tensors so far
             if not self.observing:
                 warnings.warn(NO_RANGE, stacklevel=2)
             return wanted
         if at is not None and self.spec.axis == 0:
-            chosen = chosen[0][at], chosen[1][at]
-        return self._on_grid(wanted, chosen)
+            grid = grid.at(at)
+        return self._on_grid(wanted, grid)
 
     def unobserved(self, x: Tensor) -> Tensor:
         """Return ``x`` on the grid that there is, or as it is while there is none.
 
         For a part of what the quantizer is going to observe as a whole.
         """
-        chosen = self._range_for(x, None) if self.quantize else None
-        return x if chosen is None else self._on_grid(x, chosen)
+        grid = self._grid_for(x) if self.quantize else None
+        return x if grid is None else self._on_grid(x, grid)
 
-    def _on_grid(self, x: Tensor, chosen: tuple[Tensor, Tensor]) -> Tensor:
-        spec = self.spec
-        scale, zero_point = qparams(*chosen, spec)
+    def _on_grid(self, x: Tensor, grid: Grid) -> Tensor:
+        spec, scale = self.spec, grid.scale
         if self._covers_all:
             return fake_quantize_unclipped(x, scale, spec.axis)
-        center = 0 if spec.symmetric else zero_point
-        return fake_quantize(x, scale, center, spec.quant_min, spec.quant_max, spec.axis)
+        center = 0 if spec.symmetric else grid.zero_point
+        codes = spec.quant_min, spec.quant_max
+        if spec.gradient == "ste" and not scale.requires_grad:
+            return fake_quantize(x, scale, center, *codes, spec.axis)
+        rule = gradient_of(spec)
+        return fake_quantize_learned(
+            x, scale, center, *codes, spec.axis, offset=grid.offset, rule=rule
+        )
 
     @property
     def _covers_all(self) -> bool:
@@ -172,18 +219,19 @@ class TensorQuantizer(nn.Module):
         own_range = (
             spec.memory == "latest" and self.observe != "never" and spec.observer == "minmax"
         )
-        return own_range and spec.symmetric and spec.signed and not spec.power_of_two
+        plain = spec.symmetric and spec.signed and not spec.power_of_two
+        return own_range and plain and spec.gradient == "ste"
 
     def grid_for(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
         """Return the ``(scale, zero_point)`` for ``x`` in eval; ``None`` without a range."""
-        chosen = self._range_for(x, None)
-        return None if chosen is None else qparams(*chosen, self.spec)
+        grid = self._grid_for(x)
+        return None if grid is None else (grid.scale.detach(), grid.zero_point)
 
     def set_range(self, low: Tensor | float, high: Tensor | float) -> None:
         """Set the remembered range by hand.
 
         Args:
-            low: lower end, a number or a tensor of the shape of `min_val`.
+            low: lower end, a number or a tensor of the shape of `scale`.
             high: upper end.
 
         Raises:
@@ -198,16 +246,31 @@ class TensorQuantizer(nn.Module):
                 f"{where}: range {low} .. {high}: give finite numbers with low <= high"
             )
         with torch.no_grad():
-            self.min_val.copy_(ends[0].expand_as(self.min_val))
-            self.max_val.copy_(ends[1].expand_as(self.max_val))
+            self._write(*(end.to(self.num_batches.device) for end in ends))
             self.num_batches.fill_(1)
         self._has_range = True
+
+    @torch.no_grad()
+    def remember(self, low: Tensor, high: Tensor, called: Tensor) -> None:
+        """Let the range that all ranks agreed on join the memory, as that of one batch.
+
+        Args:
+            low: lower end, float32 of the shape of `min_val`.
+            high: upper end.
+            called: () bool, whether any rank saw a tensor; nothing changes else.
+        """
+        state = self.min_val, self.max_val, self.num_batches
+        before, had_range = [buffer.clone() for buffer in state], self._has_range
+        self._remember(low, high)
+        for buffer, old in zip(state, before, strict=True):
+            buffer.copy_(torch.where(called, buffer, old))
+        self._has_range = had_range or bool(self.queue)  # `calibrated` finds out what others saw
 
     def reset_range(self) -> None:
         """Forget the range."""
         with torch.no_grad():
-            for buffer in (self.min_val, self.max_val, self.num_batches):
-                buffer.zero_()
+            self._write(*2 * (torch.zeros((), device=self.num_batches.device),))
+            self.num_batches.zero_()
         self._has_range = False
         if self.spec.fixed_range is not None:
             self.set_range(*self.spec.fixed_range)
@@ -220,48 +283,101 @@ class TensorQuantizer(nn.Module):
         frozen = ", frozen" if self.observe == "never" else ""
         return f"{spec.num_bits} bit, {spec.observer}{axis}{state}{frozen}"
 
-    def _range_for(
-        self, x: Tensor, batch: tuple[Tensor, Tensor] | None
-    ) -> tuple[Tensor, Tensor] | None:
-        """Return the range to quantize ``x`` with; ``batch`` is the estimate of this forward."""
-        if self.spec.memory == "latest" and self.observe != "never":
-            return self._estimate(x) if batch is None else batch
-        if not self.has_range:
-            return None
-        if self.spec.memory == "batch" and batch is not None and self.training:
-            return self._with_peers(*batch)
-        return self.range
+    @property
+    def _written_by(self) -> QuantSpec:
+        """The spec by which the tensors hold the range."""
+        return self.spec
+
+    def _own_range(self) -> Range:
+        """Return the remembered range without the peers, with its gradients."""
+        return self.min_val, self.max_val
 
     def _with_peers(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         """Unite a range with those that the peers remember."""
         for peer in self._peers:
-            low, high = torch.minimum(low, peer.min_val), torch.maximum(high, peer.max_val)
+            other = peer._own_range()
+            low, high = torch.minimum(low, other[0]), torch.maximum(high, other[1])
         return low, high
 
-    def _estimate(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _write(self, low: Tensor, high: Tensor) -> None:
+        """Make a range the remembered one."""
+        self.min_val.copy_(low.expand_as(self.min_val))
+        self.max_val.copy_(high.expand_as(self.max_val))
+
+    def _grid(self) -> Grid:
+        """Return the grid of the remembered range, united with those of the peers."""
+        return Grid(*qparams(*self.range, self.spec))
+
+    def _current_grid(self, x: Tensor) -> Grid | None:
+        """Return the grid to quantize ``x`` with in a forward; estimate the range where due."""
+        if not self.observing:
+            return self._grid_for(x)
+        if is_recomputing():
+            with torch.no_grad():
+                batch = self._estimate(x)
+            used = self._used.find(batch) or self._range_for(x, batch)
+        else:
+            batch = self._observe(x)
+            used = self._range_for(x, batch)
+            if used is not None and may_be_recomputed():
+                self._used.add(batch, used)
+        return None if used is None else Grid(*qparams(*used, self.spec))
+
+    def _grid_for(self, x: Tensor) -> Grid | None:
+        """Return the grid to quantize ``x`` with when nothing is estimated."""
+        used = self._range_for(x, None)
+        return None if used is None else Grid(*qparams(*used, self.spec))
+
+    def _range_for(self, x: Tensor, batch: Range | None) -> Range | None:
+        """Return the range to quantize ``x`` with; ``batch`` is the estimate of this forward."""
+        if self.spec.memory == "latest" and self.observe != "never":
+            return self._estimate(x) if batch is None else batch
+        if batch is not None and (
+            (self.queue and not self.has_range)
+            or (self.spec.memory == "batch" and self.training and self.has_range)
+        ):
+            return self._with_peers(*batch)
+        return self.range if self.has_range else None
+
+    def _estimate(self, x: Tensor) -> Range:
         return OBSERVERS[self.spec.observer].estimate(x.detach(), self.spec)
 
-    def _observe(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _observe(self, x: Tensor) -> Range:
         """Estimate the range of ``x`` and remember it; return the estimate."""
         with torch.no_grad():
             low, high = self._estimate(x)
-            alone = self.spec.memory == "latest" or not self.training or _world_size() == 1
+            alone = self.queue is not None or not self._asks_other_ranks
             if alone and _saw_nothing(x, high):  # no rank may stay away from a collective
                 return low, high
+            if self.queue is not None:
+                self.queue.append((low, high))
+                return low, high
             if not alone:
-                low, high = _mean_over_ranks(low, high)
-            if self.spec.memory == "latest":
-                self.min_val.copy_(low)
-                self.max_val.copy_(high)
-                self.num_batches.add_(1)
-            else:
-                state = (self.min_val, self.max_val, self.num_batches)
-                update(OBSERVERS[self.spec.observer].remember, state, (low, high), self.spec)
-        self._has_range = True
+                ends = stacked_over_ranks(torch.stack((low, high)))
+                low, high = range_of_parts(ends[:, 0], ends[:, 1], self.spec)
+            self._remember(low, high)
         return low, high
 
+    @property
+    def _asks_other_ranks(self) -> bool:
+        return self.spec.memory != "latest" and self.training and world_size() > 1
+
+    def _remember(self, low: Tensor, high: Tensor) -> None:
+        """Let a range join the remembered one."""
+        if self.spec.memory == "latest":
+            self._write(low, high)
+            self.num_batches.add_(1)
+        else:
+            self._join(OBSERVERS[self.spec.observer].remember, low, high)
+        if not self._has_range:  # an assignment is more than a compiled checkpoint can take
+            self._has_range = True
+
+    def _join(self, rule: Any, low: Tensor, high: Tensor) -> None:
+        state = (self.min_val, self.max_val, self.num_batches)
+        update(rule, state, (low, high), self.spec)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TensorQuantizer:
-        """Move the buffers and keep their types: ``model.half()`` must not round the ranges."""
+        """Move the tensors and keep their types: ``model.half()`` must not round the ranges."""
         before = dict(self._buffers)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, buffer in before.items():
@@ -280,9 +396,13 @@ class TensorQuantizer(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Load the buffers; a checkpoint of the float model lacks them and is complete too."""
-        if not any(prefix + name in state_dict for name in self._buffers):
+        """Load the range; a checkpoint of the float model lacks it and is complete too.
+
+        A range that was observed becomes learned, or the other way round, where the spec says so.
+        """
+        if not holds_range(state_dict, prefix):
             return
+        state_dict = translated(state_dict, prefix, self._written_by)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -312,19 +432,3 @@ def _saw_nothing(x: Tensor, high: Tensor) -> bool:
     if not is_eager_cpu(x) or high.dim() or high != 0:
         return False
     return not bool(torch.isfinite(x).any())
-
-
-def _world_size() -> int:
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return 1
-    return distributed.get_world_size()
-
-
-def _mean_over_ranks(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the range averaged over the ranks that saw data, so that all hold the same one."""
-    seen = torch.logical_not(is_empty(low, high)).to(low.dtype)
-    total = torch.stack((low, high, seen))
-    torch.distributed.all_reduce(total)
-    count = total[2].clamp(min=1.0)
-    return total[0] / count, total[1] / count

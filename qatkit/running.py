@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from typing import Any
@@ -29,7 +29,13 @@ def check_data(data: object, batches: int | None, verb: str) -> None:
 
 
 def run_over(
-    model: nn.Module, data: Iterable[Any], limit: int | None, verb: str, *, progress: bool
+    model: nn.Module,
+    data: Iterable[Any],
+    limit: int | None,
+    verb: str,
+    *,
+    progress: bool,
+    after_batch: Callable[[], None] | None = None,
 ) -> tuple[int, int]:
     """Run the model over the data without gradients.
 
@@ -39,12 +45,13 @@ def run_over(
         limit: use only so many batches; ``None`` for all.
         verb: who runs, for messages and the progress bar.
         progress: show a progress bar if tqdm is installed and the output is a terminal.
+        after_batch: called after each batch.
 
     Returns:
-        how many batches and samples there were.
+        how many batches and samples there were; see `require_batches`.
 
     Raises:
-        QatkitError: there are no batches, a batch has no input, or the model does not run on one.
+        QatkitError: a batch has no input, or the model does not run on one.
     """
     reader, device = BatchReader(model), device_of(model)
     count = samples = 0
@@ -62,13 +69,19 @@ def run_over(
                     f"{type(model).__name__}: does not run on batch {count}, {shapes} "
                     f"({shorten(str(error))}); give {verb} the data that the model is used with"
                 ) from error
+            if after_batch is not None:
+                after_batch()
             count += 1
             samples += given[0].shape[0] if given[0].dim() else 1
+    return count, samples
+
+
+def require_batches(count: int, verb: str) -> None:
+    """Raise a `QatkitError` that starts with ``verb`` if there were no batches."""
     if not count:
         raise QatkitError(
             f"{verb}: the data has no batches; give a fresh iterator or a longer data set"
         )
-    return count, samples
 
 
 def uncompiled() -> AbstractContextManager[Any]:

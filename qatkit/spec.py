@@ -11,7 +11,12 @@ from typing import Any, Literal
 
 from qatkit.errors import QatkitError
 
-OBSERVER_NAMES = ("shrink", "minmax", "ema", "average", "sigma", "channel-mean", "fixed")
+WATCHING = ("shrink", "minmax", "ema", "average", "sigma", "channel-mean", "fixed")
+LEARNED = ("lsq", "lsq+", "pact", "tqt")
+OBSERVER_NAMES = (*WATCHING, *LEARNED)
+
+GradientName = Literal["ste", "ewgs", "dsq"]
+GRADIENTS = ("ste", "ewgs", "dsq")
 
 Memory = Literal["running", "batch", "latest"]
 MEMORIES = ("running", "batch", "latest")
@@ -30,17 +35,27 @@ class QuantSpec:
         symmetric: zero point 0 and a range of -amax..amax (0..amax when unsigned).
         narrow_range: leave out the lowest signed code, so that 8 bits are -127..127.
         axis: the axis with one scale for each index, ``None`` for one scale for the tensor.
-        observer: how a tensor becomes a range: one of `OBSERVER_NAMES`.
+        observer: how a tensor becomes a range: one of `OBSERVER_NAMES`. Those in `LEARNED` make the
+            range a trained parameter that starts from calibration, else from the weight (least
+            squared error) or the first training batch: ``lsq`` learns the step, ``lsq+`` also an
+            offset where ``symmetric=False``, ``pact`` the clipping threshold by clipped elements
+            alone, ``tqt`` the log2 of the threshold. ``percentile`` says nothing to them.
         percentile: for ``shrink``: percent of the samples that may be cut on each side,
             0 <= percentile < 50.
         power_of_two: round the range up to a power of two, so that the scale is one too; needs
             ``symmetric``.
-        sigma: for ``sigma``: half width of the range in standard deviations.
+        sigma: for ``sigma``, and the start of ``tqt``: half width of the range in standard
+            deviations.
         momentum: the weight of a new range in the memory; ``None`` for the observer's own.
         fixed_range: for ``fixed``: the range ``(min, max)``.
         memory: ``running`` quantizes with the remembered range, ``batch`` with the current one
             while training and the remembered one in eval, ``latest`` always with the range of the
-            tensor at hand (weights) until frozen.
+            tensor at hand (weights) until frozen; a learned range is started from it.
+        gradient: how the gradient of the tensor goes through the rounding: ``ste`` as if it were
+            not there, ``ewgs`` scaled by the rounding error, ``dsq`` as through a smooth staircase.
+        ewgs_delta: for ``ewgs``: the factor is 1 + delta * sign(gradient) * rounding error in
+            steps, 0 <= delta < 2, so that no gradient changes its sign.
+        dsq_alpha: for ``dsq``: 0 < alpha < 1, near 0 for steep stairs.
 
     Raises:
         QatkitError: a field is out of its range or two fields contradict each other.
@@ -65,12 +80,17 @@ class QuantSpec:
     momentum: float | None = None
     fixed_range: tuple[float, float] | None = None
     memory: Memory = "running"
+    gradient: GradientName = "ste"
+    ewgs_delta: float = 0.1
+    dsq_alpha: float = 0.2
 
     def __post_init__(self) -> None:
         """Check every field."""
         _check_types(self)
         _check_grid(self)
         _check_range(self)
+        _check_learned(self)
+        _check_gradient(self)
 
     @property
     def quant_min(self) -> int:
@@ -93,6 +113,11 @@ class QuantSpec:
     def per_channel(self) -> bool:
         """Whether each index along an axis has its own scale."""
         return self.axis is not None
+
+    @property
+    def learned(self) -> bool:
+        """Whether the range is a trained parameter."""
+        return self.observer in LEARNED
 
     def replace(self, **changes: Any) -> QuantSpec:
         """Return a copy with ``changes``, checked like any other spec."""
@@ -190,3 +215,34 @@ def _check_fixed(spec: QuantSpec) -> None:
     low, high = bounds
     if not (math.isfinite(low) and math.isfinite(high) and low <= high):
         raise QatkitError(f"QuantSpec(fixed_range={bounds!r}): give finite numbers with min <= max")
+
+
+def _check_learned(spec: QuantSpec) -> None:
+    if not spec.learned:
+        return
+    where = f"QuantSpec(observer={spec.observer!r}"
+    if not spec.symmetric and spec.observer != "lsq+":
+        raise QatkitError(
+            f"{where}, symmetric=False): learns no offset, use observer='lsq+' or symmetric=True"
+        )
+    if spec.memory == "batch":
+        raise QatkitError(
+            f"{where}, memory='batch'): a learned range is not that of a batch, use 'running'"
+        )
+    if spec.momentum is not None:
+        raise QatkitError(
+            f"{where}, momentum={spec.momentum!r}): a learned range is trained by gradient, "
+            "leave momentum at None"
+        )
+
+
+def _check_gradient(spec: QuantSpec) -> None:
+    if spec.gradient not in GRADIENTS:
+        raise QatkitError(
+            f"QuantSpec(gradient={spec.gradient!r}): {suggest(spec.gradient, GRADIENTS)}"
+        )
+    delta, alpha = spec.ewgs_delta, spec.dsq_alpha
+    if isinstance(delta, bool) or not (isinstance(delta, int | float) and 0 <= delta < 2):
+        raise QatkitError(f"QuantSpec(ewgs_delta={delta!r}): give 0 <= ewgs_delta < 2")
+    if isinstance(alpha, bool) or not (isinstance(alpha, int | float) and 0 < alpha < 1):
+        raise QatkitError(f"QuantSpec(dsq_alpha={alpha!r}): give 0 < dsq_alpha < 1")

@@ -18,11 +18,12 @@ SIGNATURES = {
     "activation=None)",
     "QuantSpec": "(num_bits=8, signed=True, symmetric=True, narrow_range=False, axis=None, "
     "observer='shrink', percentile=0.01, power_of_two=False, sigma=3.0, momentum=None, "
-    "fixed_range=None, memory='running')",
+    "fixed_range=None, memory='running', gradient='ste', ewgs_delta=0.1, dsq_alpha=0.2)",
     "QuantConfig": "(weight=..., activation=..., backend='tensorrt', rules=(), "
     "fold_batch_norm=True, share_concat_scales=True, first_last_bits=None, residual=None, "
     "transformer_residual=None, unsigned_activations=False)",
     "QuantConfig.preset": "(name)",
+    "parameter_groups": "(model, *, lr, weight_decay=0.0, range_lr=None, decay_vectors=False)",
     "plan": "(model, example_inputs, config=None)",
     "prepare": "(model, example_inputs, config=None)",
     "calibrate": "(model, data, *, batches=None, method=None, percentile=99.99, "
@@ -45,6 +46,7 @@ SIGNATURES = {
     "TensorQuantizer": "(spec, channels=None, *, device=None)",
     "Distiller": "(student, teacher, *, logits='kl', temperature=4.0, logits_weight=1.0, "
     "features=(), feature_loss='mse', feature_weight=1.0, class_axis=1, select=None)",
+    "LearnedQuantizer": "(spec, channels=None, *, device=None)",
     "NanGuard": "(model)",
     "OscillationTracker": "(model, *, threshold=0.02, momentum=0.01)",
     "oscillation_loss": "(model)",

@@ -15,10 +15,10 @@ from torch import Tensor
 from qatkit.errors import QatkitError
 from qatkit.functional import fake_quantize
 from qatkit.quantizer import TensorQuantizer, share_range
-from qatkit.spec import OBSERVER_NAMES, QuantSpec
+from qatkit.spec import OBSERVER_NAMES, WATCHING, QuantSpec
 
 NAN, INF = float("nan"), float("inf")
-RUNNING = [name for name in OBSERVER_NAMES if name != "fixed"]
+RUNNING = [name for name in WATCHING if name != "fixed"]
 
 
 def spec(name: str, **fields: Any) -> QuantSpec:
@@ -57,7 +57,7 @@ def test_dtype_shape_and_layout_are_kept(name: str, axis: int | None, dtype: tor
     quantizer = TensorQuantizer(spec(name, axis=axis), None if axis is None else 3)
     y = quantizer(x)
     assert (y.dtype, y.shape, y.stride()) == (x.dtype, x.shape, x.stride())
-    assert quantizer.min_val.dtype == torch.float32
+    assert quantizer.range[0].dtype == quantizer.scale.dtype == torch.float32
     assert finite(quantizer)
 
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qatkit.errors import QatkitError
-from qatkit.spec import MEMORIES, OBSERVER_NAMES, QuantSpec, suggest
+from qatkit.spec import GRADIENTS, LEARNED, MEMORIES, WATCHING, QuantSpec, suggest
 
 
 @pytest.mark.parametrize("bits", range(2, 17))
@@ -41,6 +41,17 @@ ILLEGAL: list[tuple[dict[str, Any], str]] = [
     *(({"sigma": s}, "positive number") for s in (0, -1, float("inf"), float("nan"), "3")),
     *(({"momentum": m}, "0 < momentum <= 1") for m in (0, -0.1, 1.1, float("nan"), "0.1")),
     ({"memory": "forever"}, "choose one of running, batch, latest"),
+    *(
+        ({"observer": o, "symmetric": False}, "use observer='lsq[+]' or symmetric=True")
+        for o in ("lsq", "pact", "tqt")
+    ),
+    *(({"observer": o, "memory": "batch"}, "use 'running'") for o in LEARNED),
+    *(({"observer": o, "momentum": 0.5}, "leave momentum at None") for o in LEARNED),
+    ({"observer": "lsq", "fixed_range": (0.0, 1.0)}, "give both or neither"),
+    ({"gradient": "egws"}, "did you mean 'ewgs'"),
+    ({"gradient": None}, "choose one of ste, ewgs, dsq"),
+    *(({"ewgs_delta": d}, "0 <= ewgs_delta < 2") for d in (-0.1, 2, float("nan"), True, "1")),
+    *(({"dsq_alpha": a}, "0 < dsq_alpha < 1") for a in (0, 1, float("nan"), True, None)),
     ({"observer": "fixed"}, "give both or neither"),
     ({"fixed_range": (0.0, 1.0)}, "give both or neither"),
     *(
@@ -61,17 +72,28 @@ def test_illegal(fields: dict[str, Any], message: str) -> None:
 
 @given(
     bits=st.integers(2, 16),
-    observer=st.sampled_from([name for name in OBSERVER_NAMES if name != "fixed"]),
+    observer=st.sampled_from([name for name in WATCHING if name != "fixed"]),
     axis=st.none() | st.integers(-4, 4),
     percentile=st.floats(0, 50, exclude_max=True),
     momentum=st.none() | st.floats(0, 1, exclude_min=True),
     memory=st.sampled_from(MEMORIES),
+    gradient=st.sampled_from(GRADIENTS),
+    ewgs_delta=st.floats(0, 2, exclude_max=True),
+    dsq_alpha=st.floats(0, 1, exclude_min=True, exclude_max=True),
 )
 def test_survives_json(**fields: Any) -> None:
     spec = QuantSpec(num_bits=fields.pop("bits"), **fields)
     again = QuantSpec.from_dict(json.loads(json.dumps(spec.to_dict())))
     assert again == spec
     assert hash(again) == hash(spec)
+
+
+@pytest.mark.parametrize("observer", LEARNED)
+def test_a_learned_one_survives_json(observer: str) -> None:
+    spec = QuantSpec(observer=observer, gradient="ewgs", ewgs_delta=0.01)
+    assert spec.learned
+    assert not QuantSpec().learned
+    assert QuantSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
 
 
 def test_a_fixed_range_survives_json() -> None:

@@ -32,6 +32,7 @@ from qatkit.graph.capture import split_inputs
 from qatkit.modes import require_module
 from qatkit.prepare import plan_of
 from qatkit.quantizer import TensorQuantizer
+from qatkit.ranks import GATHER, require_whole
 from qatkit.version import __version__
 
 if TYPE_CHECKING:
@@ -141,6 +142,7 @@ def export_onnx(
 
 def _check_arguments(model: nn.Module, opset: int, weights: str, precision: str) -> None:
     require_module(model, "export_onnx")
+    require_whole(model, "export_onnx", GATHER)
     if isinstance(opset, bool) or not isinstance(opset, int) or opset not in _IR_VERSIONS:
         raise QatkitError(
             f"export_onnx(opset={opset!r}): Q/DQ with an axis need 13 and ONNX is known up to 23; "

@@ -33,6 +33,7 @@ from qatkit.graph.capture import split_inputs
 from qatkit.graph.structure import tensors
 from qatkit.kernels.portable import along
 from qatkit.modes import require_module
+from qatkit.ranks import GATHER, require_whole
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -59,6 +60,7 @@ def verify_onnx(path: str | os.PathLike[str], model: nn.Module, inputs: Any) -> 
         QatkitError: the file cannot be read, does not run, or was not written from this model.
     """
     require_module(model, "verify_onnx")
+    require_whole(model, "verify_onnx", GATHER)
     proto = read_onnx(path)
     clone = deepcopy(model).eval().float().cpu()
     args, kwargs = split_inputs(inputs)

@@ -63,6 +63,51 @@ def fake_quantize(
     return kernels.fake_quantize(x, scale, zero_point, quant_min, quant_max, axis)
 
 
+def fake_quantize_learned(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | int,
+    quant_min: int,
+    quant_max: int,
+    axis: int | None = None,
+    *,
+    offset: Tensor | None = None,
+    rule: kernels.Gradient = kernels.STE,
+) -> Tensor:
+    """Do the same as `fake_quantize`, with gradients of scale and offset, and another of ``x``.
+
+    Args:
+        x: any shape, memory format and float dtype.
+        scale: () or (C,) float32; positive.
+        zero_point: an integer tensor of the shape of ``scale``, or an integer, inside the grid.
+        quant_min: the lowest code.
+        quant_max: the highest code.
+        axis: the axis of ``x`` with C indices, ``None`` for one scale.
+        offset: the learned value of code 0 that ``zero_point`` was made of, for its gradient;
+            the shape of ``scale``.
+        rule: the choices of the backward pass.
+
+    Returns:
+        A tensor like ``x``.
+
+    Raises:
+        QatkitError: as `fake_quantize`.
+
+    Source: see `qatkit.kernels.learned` and `qatkit.kernels.gradient`.
+
+    >>> import torch
+    >>> scale = torch.tensor(0.5, requires_grad=True)
+    >>> fake_quantize_learned(torch.tensor([0.3, 9.0]), scale, 0, -4, 3).sum().backward()
+    >>> round(scale.grad.item(), 4)  # (1 - 0.6) inside, 3 clipped
+    3.4
+    """
+    _check(x, scale, axis, "scale")
+    _check(x, zero_point, axis, "zero_point")
+    return kernels.fake_quantize_learned(
+        x, scale, zero_point, offset, quant_min, quant_max, axis, rule
+    )
+
+
 def fake_quantize_unclipped(x: Tensor, scale: Tensor | float, axis: int | None = None) -> Tensor:
     """Round ``x`` to a symmetric grid that contains all of it, as when scale = amax / quant_max.
 

@@ -107,7 +107,7 @@ def _stand_in(block: nn.Module, training: bool) -> nn.Module:
     twin = nn.Module()
     for name, state in block.__dict__.items():
         if name == "_modules":  # a forward that walks over the children knows no quantizers
-            own = {key: child for key, child in state.items() if type(child) not in _ADDED}
+            own = {key: child for key, child in state.items() if not isinstance(child, _ADDED)}
             twin.__dict__[name] = own
         elif name in ("_parameters", "_buffers"):
             twin.__dict__[name] = dict(state)

@@ -10,9 +10,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qatkit.kernels import cpu, portable
+from qatkit.kernels import cpu, learned, portable
+from qatkit.kernels.gradient import STE, Gradient
 
-__all__ = ["fake_quantize", "fake_quantize_unclipped", "is_eager_cpu", "shrink"]
+__all__ = [
+    "STE",
+    "Gradient",
+    "fake_quantize",
+    "fake_quantize_learned",
+    "fake_quantize_unclipped",
+    "is_eager_cpu",
+    "shrink",
+]
 
 
 def is_eager_cpu(x: Tensor) -> bool:
@@ -33,6 +42,23 @@ def fake_quantize(
     if is_eager_cpu(x):
         return cpu.fake_quantize(x, scale, zero_point, quant_min, quant_max, axis)
     return portable.fake_quantize(x, scale, zero_point, quant_min, quant_max, axis)
+
+
+def fake_quantize_learned(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | int,
+    offset: Tensor | None,
+    quant_min: int,
+    quant_max: int,
+    axis: int | None,
+    rule: Gradient,
+) -> Tensor:
+    """Fake-quantize ``x`` with gradients by ``rule``, arguments already checked."""
+    fast = is_eager_cpu(x)
+    return learned.fake_quantize(
+        x, scale, zero_point, offset, quant_min, quant_max, axis, rule, fast
+    )
 
 
 def fake_quantize_unclipped(x: Tensor, scale: Tensor | float, axis: int | None) -> Tensor:

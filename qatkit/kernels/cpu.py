@@ -108,14 +108,14 @@ class _PerTensor(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, scale: float, low: int, high: int) -> Tensor:
         ctx.save_for_backward(x)
         ctx.grid = scale, low, high
-        return _round_clamp(x, _reciprocal(scale), scale, low, high)
+        return round_clamp(x, reciprocal(scale), scale, low, high)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (x,) = ctx.saved_tensors
         below, above = first_outside(*ctx.grid)
         rounded = x.to(torch.float32) if x.dtype == torch.float64 else x
-        return _gate(grad, rounded, below, above), None, None, None
+        return gate(grad, rounded, below, above), None, None, None
 
 
 class _PerChannel(torch.autograd.Function):
@@ -125,14 +125,14 @@ class _PerChannel(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
         ctx.save_for_backward(x, scale)
         ctx.grid = low, high
-        return _round_clamp(x, scale.reciprocal(), scale, low, high)
+        return round_clamp(x, scale.reciprocal(), scale, low, high)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         x, scale = ctx.saved_tensors
         below, above = first_outside(1.0, *ctx.grid)
         steps = x.to(torch.float32) * scale.reciprocal()
-        return _gate(grad, steps, below, above), None, None, None
+        return gate(grad, steps, below, above), None, None, None
 
 
 def _apply(function: Any, x: Tensor, *grid: Any) -> Tensor:
@@ -140,15 +140,19 @@ def _apply(function: Any, x: Tensor, *grid: Any) -> Tensor:
     return result
 
 
-def _round_clamp(
+def round_clamp(
     x: Tensor, inverse: Tensor | float, scale: Tensor | float, low: int, high: int
 ) -> Tensor:
+    """Return ``clamp(round(x * inverse), low, high) * scale`` in a buffer of its own."""
     steps = x.to(torch.float32).mul(inverse).round_().clamp_(low, high)
     return steps.mul_(scale).to(x.dtype)
 
 
-def _gate(grad: Tensor, x: Tensor, below: float, above: float) -> Tensor:
-    # The gradient where below < x < above, else 0, in one pass; torch.where takes 25 times as long.
+def gate(grad: Tensor, x: Tensor, below: float, above: float) -> Tensor:
+    """Return the gradient where below < x < above, else 0, in one pass.
+
+    ``torch.where`` takes 25 times as long.
+    """
     if grad.dtype == x.dtype:
         gated: Tensor = torch.ops.aten.hardtanh_backward(grad, x, below, above)
         return gated
@@ -171,7 +175,7 @@ def first_outside(scale: float, low: int, high: int) -> tuple[float, float]:
 
 
 def _first_above(scale: float, high: int) -> float:
-    inverse, limit = np.float32(_reciprocal(scale)), np.float32(high + 0.5)
+    inverse, limit = np.float32(reciprocal(scale)), np.float32(high + 0.5)
     if high % 2 == 0:  # half to even: high + 0.5 rounds to high, which is inside
         limit = np.nextafter(limit, np.float32(np.inf))
     with np.errstate(over="ignore"):
@@ -183,7 +187,8 @@ def _first_above(scale: float, high: int) -> float:
     return float(x)
 
 
-def _reciprocal(scale: float) -> float:
+def reciprocal(scale: float) -> float:
+    """Return 1 / scale, as float32 arithmetic gives it."""
     return float(np.float32(1) / np.float32(scale))
 
 

@@ -12,6 +12,7 @@ from qatkit.functional import fold_scale
 from qatkit.nn.registry import swap
 from qatkit.nn.slots import Slots, parameter_of, quantizer_of
 from qatkit.quantizer import TensorQuantizer
+from qatkit.ranks import whole
 from qatkit.spec import QuantSpec
 
 
@@ -152,7 +153,8 @@ class QuantizedWeight(QuantizedInput):
         if not self._batch_norm or self.fold_cancels:
             return None
         norm: Any = self._batch_norm[0]
-        return self.along_output(fold_scale(norm.weight, norm.running_var, norm.eps))
+        gamma = None if norm.weight is None else whole(norm.weight.detach())
+        return self.along_output(fold_scale(gamma, norm.running_var, norm.eps))
 
     def quantized_weight(self) -> Tensor:
         """Return the weight as the layer computes with it, on the grid of the folded one.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from qatkit.nn.quantized import QuantizedWeight
 from qatkit.nn.slots import SUFFIX, parameter_of
 from qatkit.quantizer import TensorQuantizer
+from qatkit.ranks import whole
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +38,7 @@ class Weight:
     @property
     def seen(self) -> Tensor:
         """The tensor that the quantizer reads: the parameter, folded where the layer folds it."""
-        parameter: Tensor = getattr(self.owner, self.name)
+        parameter: Tensor = whole(getattr(self.owner, self.name))
         scale = None if self.layer is None else self.layer.weight_fold_scale()
         return parameter if scale is None else parameter.float() * scale
 

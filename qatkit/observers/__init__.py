@@ -4,9 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from qatkit.observers.learned import (
+    Grid,
+    gradient_of,
+    grid_of,
+    grid_of_range,
+    range_of,
+    to_parameters,
+)
 from qatkit.observers.memory import is_empty, update
 from qatkit.observers.observer import Observer, Range
 from qatkit.observers.registry import OBSERVERS
+from qatkit.observers.starts import start
+from qatkit.observers.stored import holds_range, names_of, translated
 
 if TYPE_CHECKING:
     from qatkit.observers.calibrators import CALIBRATORS, histogram_threshold
@@ -14,10 +24,20 @@ if TYPE_CHECKING:
 __all__ = [
     "CALIBRATORS",
     "OBSERVERS",
+    "Grid",
     "Observer",
     "Range",
+    "gradient_of",
+    "grid_of",
+    "grid_of_range",
     "histogram_threshold",
+    "holds_range",
     "is_empty",
+    "names_of",
+    "range_of",
+    "start",
+    "to_parameters",
+    "translated",
     "update",
 ]
 

@@ -56,6 +56,19 @@ def estimate_channel_mean(x: Tensor, spec: QuantSpec) -> Range:
     return (low.double().sum() / count).to(low.dtype), (high.double().sum() / count).to(low.dtype)
 
 
+def estimate_lsq(x: Tensor, spec: QuantSpec) -> Range:
+    """Return the range whose step is ``2 * mean(abs(x)) / sqrt(quant_max)``, inside the data.
+
+    Source: Esser et al. 2020 (arXiv:1902.08153), section 2.1.
+    """
+    x_CM = rows(x.detach(), spec.axis).to(torch.float32)
+    low, high = estimate_minmax(x, spec)
+    finite = torch.isfinite(x_CM)
+    mean = torch.where(finite, x_CM.abs(), 0.0).double().sum(1) / finite.sum(1).clamp(min=1)
+    amax = (mean * (2.0 * spec.quant_max**0.5)).to(torch.float32).reshape(low.shape)
+    return torch.clamp(-amax, low, high), torch.clamp(amax, low, high)
+
+
 def estimate_fixed(x: Tensor, spec: QuantSpec) -> Range:
     """Return ``spec.fixed_range``, whatever the tensor is."""
     low, high = spec.fixed_range or (0.0, 0.0)

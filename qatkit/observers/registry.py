@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from qatkit.observers.estimators import (
     estimate_channel_mean,
     estimate_fixed,
+    estimate_lsq,
     estimate_minmax,
     estimate_shrink,
     estimate_sigma,
@@ -29,6 +30,10 @@ _ALL = (
     Observer("sigma", estimate_sigma, blending(cumulative_weight)),
     Observer("channel-mean", estimate_channel_mean, blending(cumulative_weight)),
     Observer("fixed", estimate_fixed, remember_fixed),
+    Observer("lsq", estimate_lsq, blending(average_weight)),
+    Observer("lsq+", estimate_minmax, blending(average_weight)),
+    Observer("pact", estimate_minmax, blending(average_weight)),
+    Observer("tqt", estimate_sigma, blending(average_weight)),
 )
 
 OBSERVERS: Mapping[str, Observer] = {each.name: each for each in _ALL}

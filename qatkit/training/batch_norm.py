@@ -24,7 +24,7 @@ from qatkit.nn.batchnorm import (
     thaw_statistics,
 )
 from qatkit.nn.weights import weights_of
-from qatkit.running import check_data, run_over, uncompiled
+from qatkit.running import check_data, require_batches, run_over, uncompiled
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ def reestimate_batch_norm(
             handle = norm.register_forward_pre_hook(_adding_to(moments[path]))
             stack.callback(handle.remove)
         stack.enter_context(uncompiled())
-        run_over(model, data, batches, _VERB, progress=progress)
+        require_batches(run_over(model, data, batches, _VERB, progress=progress)[0], _VERB)
     _share_between_ranks(list(moments.values()))
     reached = tuple(path for path in norms if moments[path].count)
     if len(reached) < len(norms):

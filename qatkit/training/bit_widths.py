@@ -79,7 +79,7 @@ def set_stage(model: nn.Module, own: Mapping[str, int], stage: int) -> list[Resc
 
 
 def set_num_bits(quantizer: TensorQuantizer, num_bits: int) -> Rescaled | None:
-    """Change the width of a quantizer; its range stays.
+    """Change the width of a quantizer; its range stays, but that of a weight, if it is learned.
 
     Returns:
         the change of its tensors, ``None`` where they hold the range itself.
@@ -94,20 +94,17 @@ def set_num_bits(quantizer: TensorQuantizer, num_bits: int) -> Rescaled | None:
     if quantizer.spec.num_bits == num_bits:
         return None
     known = quantizer.calibrated
-    low, high = (end.detach().clone() for end in _own_range(quantizer))
+    low, high = (end.detach().clone() for end in quantizer.own_range)
     state = saved_range(quantizer)
     quantizer.spec = quantizer.spec.replace(num_bits=num_bits)
-    if not known or all(map(torch.equal, (low, high), _own_range(quantizer))):
+    if not known or all(map(torch.equal, (low, high), quantizer.own_range)):
         return None
-    quantizer.set_range(low, high)
-    quantizer.num_batches.copy_(state["num_batches"])
+    if quantizer.spec.memory == "latest":
+        quantizer.reset_range()  # a learned range of a weight starts anew from the weight
+    else:
+        quantizer.set_range(low, high)
+        quantizer.num_batches.copy_(state["num_batches"])
     return Rescaled(quantizer, state)
-
-
-def _own_range(quantizer: TensorQuantizer) -> tuple[Tensor, Tensor]:
-    """Return the range without those of the peers, where it is kept as such."""
-    kept = dict(quantizer.named_buffers(recurse=False))
-    return (kept["min_val"], kept["max_val"]) if "min_val" in kept else quantizer.range
 
 
 def _versions(quantizer: TensorQuantizer) -> list[tuple[int, int]]:

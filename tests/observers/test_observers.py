@@ -44,8 +44,10 @@ def test_estimates():
         "channel-mean": (channels.amin(1).mean(), channels.amax(1).mean()),
         "fixed": (T(-1.5), T(2.5)),
     }
+    reach = 2 * flat.abs().mean() * math.sqrt(3)
+    want["lsq"], want["tqt"] = (-reach, reach), want["sigma"]
     for name in OBSERVERS:
-        low, high = estimate(name, x, percentile=0.5, sigma=2.0)
+        low, high = estimate(name, x, percentile=0.5, sigma=2.0, num_bits=3)
         torch.testing.assert_close((low, high), want.get(name, (x.min(), x.max())))
 
 

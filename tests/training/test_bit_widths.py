@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import qatkit
 from qatkit.config import ACTIVATION, WEIGHT, QuantConfig, Rule
@@ -55,39 +55,37 @@ def test_without_a_range_there_is_none_afterwards() -> None:
     assert not quantizer.calibrated
 
 
-class Step(TensorQuantizer):
-    """Keeps the step of its grid, as one that learns it does."""
-
-    def __init__(self, spec: QuantSpec) -> None:
-        super().__init__(spec)
-        del self.min_val, self.max_val
-        self.step = nn.Parameter(torch.zeros(()))
-
-    @property
-    def range(self) -> tuple[Tensor, Tensor]:
-        end = self.step.detach() * self.spec.quant_max
-        return -end, end
-
-    def set_range(self, low: Tensor | float, high: Tensor | float) -> None:
-        with torch.no_grad():
-            self.step.copy_(torch.as_tensor(high) / self.spec.quant_max)
-            self.num_batches.fill_(1)
+def learned(num_bits: int) -> TensorQuantizer:
+    """Return a quantizer that keeps the step of its grid."""
+    return TensorQuantizer(QuantSpec(num_bits=num_bits, observer="lsq"))
 
 
 def test_a_range_that_is_kept_as_a_scale_stays_too() -> None:
-    quantizer = Step(QuantSpec(num_bits=8))
+    quantizer = learned(8)
     quantizer.set_range(-63.5, 63.5)
     quantizer.num_batches.fill_(7)
     set_num_bits(quantizer, 4)
-    assert quantizer.range[1].item() == 63.5
+    assert quantizer.range[1].item() == pytest.approx(63.5)
     assert quantizer.scale.item() == pytest.approx(63.5 / 7)
     assert quantizer.num_batches.item() == 7
 
 
+def test_a_learned_range_of_a_weight_starts_anew() -> None:
+    spec = QuantSpec(num_bits=8, observer="lsq", memory="latest", narrow_range=True)
+    layer = QuantLinear(64, 1, weight_spec=spec).train()
+    x = torch.ones(2, 64)
+    layer(x)
+    assert layer.weight_quantizer.amax > 0.9 * layer.weight.abs().max()
+    set_num_bits(layer.weight_quantizer, 2)
+    layer(x)
+    assert layer.weight_quantizer.calibrated
+    assert layer.weight_quantizer.amax < 0.8 * layer.weight.abs().max()
+
+
 def with_steps() -> QuantLinear:
     made = QuantLinear(4, 2)
-    made.weight_quantizer = Step(QuantSpec(num_bits=4))
-    made.input_quantizer = Step(QuantSpec(num_bits=4))
+    made.weight_quantizer = learned(4)
+    made.input_quantizer = learned(4)
     return made
 
 

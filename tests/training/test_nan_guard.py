@@ -263,13 +263,14 @@ def test_eval_is_not_watched() -> None:
 
 def test_copies_have_no_guard_and_close_removes_it() -> None:
     model = net()
+    hooks = list(model._forward_pre_hooks)
     guard = NanGuard(model)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         twin(X)
     with pytest.warns(UserWarning, match="no forward in training was seen"):
         assert guard.skip(math.nan)
     guard.close()
-    assert not model._forward_pre_hooks
+    assert list(model._forward_pre_hooks) == hooks
 
 
 def test_after_a_move_of_the_model() -> None:

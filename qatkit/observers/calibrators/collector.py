@@ -53,6 +53,11 @@ class Collector:
         self.batches += 1
         self._samples.add(x)
 
+    @property
+    def samples(self) -> StreamingHistogram | GrowingHistogram | GrowingSignedHistogram:
+        """The histogram of all samples so far."""
+        return self._samples
+
     def merge(self, other: Collector) -> None:
         """Add what the collector of another process has seen: exact, in any order.
 

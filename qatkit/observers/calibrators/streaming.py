@@ -66,13 +66,18 @@ class StreamingHistogram:
         """How many samples were counted."""
         return 0 if self._counts is None else int(self._counts.sum())
 
+    @property
+    def counts(self) -> Tensor:
+        """The counts of the bins -K .. K - 1, (2 K,) int64, those of the histogram itself."""
+        return torch.zeros(2 * BINS, dtype=torch.int64) if self._counts is None else self._counts
+
     @torch.no_grad()
     def add(self, x: Tensor) -> None:
         """Count the finite elements of ``x``, of any shape and float dtype; done in float32."""
         x, low, high = finite_samples(x)
         if not x.numel():
             return
-        self._extend(low, high, x.device)
+        self.extend(low, high, x.device)
         assert self._counts is not None
         if self._count_zeros:
             self.zeros += x.numel() - int(torch.count_nonzero(x))
@@ -95,7 +100,7 @@ class StreamingHistogram:
         if other._counts is None:
             return
         ends = other.extremes
-        self._extend(ends.min_val, ends.max_val, other._counts.device)
+        self.extend(ends.min_val, ends.max_val, other._counts.device)
         assert self._counts is not None
         theirs = _coarser(other._counts, _steps(other._exponent, self._exponent))
         self._counts += theirs.to(self._counts.device)
@@ -160,8 +165,14 @@ class StreamingHistogram:
         counts: Ints = self._counts.cpu().numpy()
         return counts
 
-    def _extend(self, low: float, high: float, device: torch.device) -> None:
-        """Take ``low`` and ``high`` into the range and make the bins wide enough for it."""
+    def extend(self, low: float, high: float, device: torch.device) -> None:
+        """Take ``low`` and ``high`` into the range and make the bins wide enough for it.
+
+        Args:
+            low: the smallest of some samples that another process has counted.
+            high: the largest.
+            device: where the counts are going to be, if there are none yet.
+        """
         if self._counts is None:
             self._counts = torch.zeros(2 * BINS, dtype=torch.int64, device=device)
         self.extremes.include(low, high)
