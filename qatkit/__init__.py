@@ -25,6 +25,7 @@ from qatkit.training.parameter_groups import parameter_groups
 from qatkit.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from qatkit import ptq
     from qatkit.export import (
         ExportReport,
         Finding,
@@ -69,6 +70,7 @@ __all__ = [
     "parameter_groups",
     "plan",
     "prepare",
+    "ptq",
     "reestimate_batch_norm",
     "save",
     "shrink_range",
@@ -89,6 +91,7 @@ _LATER = {
     "OscillationTracker": "training.oscillation",
     "QATSchedule": "training.schedule",
     "oscillation_loss": "training.oscillation",
+    "ptq": "ptq",
     "reestimate_batch_norm": "training.batch_norm",
 }
 
@@ -97,7 +100,8 @@ def __getattr__(name: str) -> object:
     """Import what a name is in at its first use."""
     if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_LATER[name]}"), name)
+    module = import_module(f"{__name__}.{_LATER[name]}")
+    return module if name == _LATER[name] else getattr(module, name)
 
 
 def __dir__() -> list[str]:

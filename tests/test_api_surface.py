@@ -61,7 +61,9 @@ FIELDS = {
     },
     "Finding": {"rule", "level", "node", "message"},
 }  # fmt: skip
-OTHER_NAMES = {"CalibrationReport", "ExportReport", "Plan", "QatkitError", "VerifyReport", "nn"}
+OTHER_NAMES = {
+    *("CalibrationReport", "ExportReport", "Plan", "QatkitError", "VerifyReport", "nn", "ptq"),
+}
 PUBLIC = OTHER_NAMES | set(LEADING) | {name for name in SIGNATURES if "." not in name}
 LAYERS = [
     *(f"Conv{n}d" for n in (1, 2, 3)),
