@@ -41,6 +41,7 @@ class Backend:
         joins: operators on two tensors that run in INT8 only with INT8 on both sides (F7, F11).
         float_inputs: operators whose input stays float (F12).
         code_types: types of the codes in lower-case ONNX names, besides uint8 (P3).
+        weight_only_types: types of 4-bit codes that activations must not have (F20).
         min_channels: INT8 kernels want at least so many channels, rows or columns (F14, F15); 0 if
             they take all.
         attention_head_sizes: head sizes of the INT8 attention fusion (F13), none without one.
@@ -86,6 +87,7 @@ class Backend:
         {"Softmax", "LogSoftmax", "LayerNormalization", "RMSNormalization"}
     )
     code_types: frozenset[str] = frozenset({"int8", "int4", "float8e4m3fn", "float4e2m1"})
+    weight_only_types: frozenset[str] = frozenset({"int4", "uint4"})
     min_channels: int = 16
     attention_head_sizes: frozenset[int] = frozenset({16, 32, 64})
     max_attention_length: int = 512
@@ -142,6 +144,7 @@ ONNXRUNTIME = dataclasses.replace(
     zero_point=True,
     activations=frozenset({"Relu", "Clip"}),
     code_types=_CODES_OF_CPUS,
+    weight_only_types=frozenset(),
     smooth_activations=frozenset(),
     min_channels=0,
     attention_head_sizes=frozenset(),
@@ -164,6 +167,7 @@ OPENVINO = dataclasses.replace(
     unsigned_int8=True,
     zero_point=True,
     code_types=_CODES_OF_CPUS,
+    weight_only_types=frozenset(),
     min_channels=0,
     attention_head_sizes=frozenset(),
     quantized_results=frozenset({"Conv", "Concat", "MaxPool"}),

@@ -179,10 +179,12 @@ class TensorQuantizer(nn.Module):
             part: (n, *x.shape[1:]) rows of ``x``: they are returned in its place, on its grid.
             at: (n,) their indices.
         """
-        grid = self._current_grid(x)
         wanted = x if part is None else part
         if not self.quantize:
+            if self.observing and not is_recomputing():
+                self._observe(x)
             return wanted
+        grid = self._current_grid(x)
         if grid is None:  # while observing: nothing but empty or NaN tensors so far
             if not self.observing:
                 warnings.warn(NO_RANGE, stacklevel=2)

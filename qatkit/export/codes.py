@@ -16,6 +16,9 @@ from qatkit.export.verify_report import QuantizerCheck
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
 
+FOUR_BITS = {"int4": (-8, 7), "uint4": (0, 15)}
+"""The ends of the types that NumPy does not have, by the names that ml_dtypes gives them."""
+
 _PART = 1 << 20
 """Numbers compared at a time."""
 
@@ -72,7 +75,10 @@ def compare_codes(
         )
     if constants[dq.input[1]].dtype == np.float16:
         step = half_scale(step)
-    grid = (_spread(constants[name], dq, found) for name in dq.input[1:])
+    grid = (
+        _spread(values, dq, found)
+        for values in (constants[dq.input[1]], constants[dq.input[2]].astype(np.int64))
+    )
     step, scale, zero = (np.broadcast_to(each, found.shape) for each in (step, *grid))
     differing = largest = 0
     for part in _parts(found):
@@ -85,9 +91,16 @@ def compare_codes(
 def quantized(q: NodeProto, constants: Constants) -> Array:
     """Do what a QuantizeLinear does to a constant."""
     data, scale, zero = (constants[name] for name in q.input)
-    codes = np.rint(data / _spread(scale, q, data)) + _spread(zero, q, data)
-    ends = np.iinfo(zero.dtype)
-    return np.clip(codes, ends.min, ends.max).astype(zero.dtype)
+    wide = zero.astype(np.int32)
+    codes = np.rint(data / _spread(scale, q, data)) + _spread(wide, q, data)
+    return np.clip(codes, *_ends(zero.dtype)).astype(zero.dtype)
+
+
+def _ends(kind: np.dtype[Any]) -> tuple[int, int]:
+    """Return the lowest and the highest number of an integer type, of 4 bits too."""
+    if kind.name in FOUR_BITS:
+        return FOUR_BITS[kind.name]
+    return int(np.iinfo(kind).min), int(np.iinfo(kind).max)
 
 
 def _gap(found: Array, expected: Array, step: Array, scale: Array, zero: Array) -> Array:
@@ -95,7 +108,7 @@ def _gap(found: Array, expected: Array, step: Array, scale: Array, zero: Array) 
     result = (found.astype(np.float64) - zero) * scale / step.astype(np.float64)
     wide = expected.astype(np.int64)
     steps = np.rint(np.clip(np.nan_to_num(result, nan=1e9), -1e9, 1e9))
-    centered = found - zero.astype(np.int64)
+    centered = found.astype(np.int64) - zero
     return np.maximum(np.abs(centered - wide), np.abs(steps - wide))
 
 

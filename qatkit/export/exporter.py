@@ -17,6 +17,8 @@ from qatkit.export.cleanup import batch_norm_to_affine, remove_identities, remov
 from qatkit.export.constant_folding import fold_constants
 from qatkit.export.file_size import too_large
 from qatkit.export.float16 import FIRST_OPSET, to_float16
+from qatkit.export.four_bits import FIRST_OPSET as FIRST_INT4_OPSET
+from qatkit.export.four_bits import count_simulated, specs_of, to_four_bits
 from qatkit.export.inputs import to_cpu_float32
 from qatkit.export.lint import lint_onnx
 from qatkit.export.lowering import lower
@@ -69,7 +71,9 @@ def export_onnx(
         example_inputs: as for `qatkit.prepare`.
         path: the file to write.
         opset: 13..23. The front end writes what it can, 13..20 or 18, and a pass over the file
-            does the rest of the way, up or down.
+            does the rest of the way, up or down. From 21 on codes of at most 4 bits are INT4 or
+            UINT4; before, they are int8 behind a Clip to the narrow grid: the same numbers,
+            computed in 8 bits, which is the only way that TensorRT runs 4-bit activations.
         dynamic_batch: leave dimension 0 of every tensor argument with two or more dimensions open.
         weights: ``"float"``: float32 -> Q -> DQ, NVIDIA's form; ``"int8"``: int8 -> DQ, a quarter
             of the size.
@@ -100,6 +104,7 @@ def export_onnx(
     prepared = plan_of(model)
     planned = "tensorrt" if prepared is None else prepared.config.backend
     engine = get_backend(planned if backend is None else backend)
+    specs = specs_of(model)
     with replacing(path) as temporary:
         lowered = lower(model, engine, args, kwargs)
         with PlainForms(opset):
@@ -119,6 +124,8 @@ def export_onnx(
         _clean_up(proto)
         if precision == "float16":
             to_float16(proto)
+        if opset >= FIRST_INT4_OPSET:
+            to_four_bits(proto, specs)
         data = _finish(proto, opset)
         temporary.write_bytes(data)
         findings = tuple(lint_onnx(temporary, engine)) if lint else ()
@@ -134,6 +141,7 @@ def export_onnx(
         size_bytes=Path(path).stat().st_size,
         quantize_nodes=kinds.count("QuantizeLinear"),
         dequantize_nodes=kinds.count("DequantizeLinear"),
+        simulated=count_simulated(proto, specs),
         findings=findings,
         linted=lint,
         verify=report,

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 SUFFIX_Q = "/QuantizeLinear"
 SUFFIX_DQ = "/DequantizeLinear"
+SUFFIX_CLIP = "/Clip"
 _ORDER = "axes of the weight in the order "
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,8 @@ class ExportReport:
         size_bytes: its size.
         quantize_nodes: number of QuantizeLinear nodes.
         dequantize_nodes: number of DequantizeLinear nodes.
+        simulated: number of quantizers whose grid is narrower than the type of their codes, by the
+            bits of the grid: the numbers are those of so few bits, the engine computes with more.
         findings: what the lint found, empty if it was not asked for.
         linted: whether it was asked for.
         verify: the comparison with ONNX Runtime, ``None`` if it was not asked for.
@@ -33,6 +36,7 @@ class ExportReport:
     size_bytes: int
     quantize_nodes: int
     dequantize_nodes: int
+    simulated: Mapping[int, int]
     findings: tuple[Finding, ...]
     linted: bool
     verify: VerifyReport | None
@@ -45,12 +49,22 @@ class ExportReport:
         lines = [
             f"{self.path}: opset {self.opset}, {self.precision}, {size}, {nodes}, "
             f"{self.front_end} front end",
+            *self._simulation(),
             "lint: " + ", ".join(counts) if self.linted else "not linted",
             *_by_rule(self.findings),
         ]
         if self.verify is not None:
             lines.append(str(self.verify))
         return "\n".join(lines)
+
+    def _simulation(self) -> list[str]:
+        if not self.simulated:
+            return []
+        counts = [f"{count} of {bits} bits" for bits, count in self.simulated.items()]
+        return [
+            "simulation of narrower grids: "
+            f"{', '.join(counts)} among {self.dequantize_nodes} DQ, in wider codes"
+        ]
 
 
 def _by_rule(findings: tuple[Finding, ...]) -> list[str]:

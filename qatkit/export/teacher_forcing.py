@@ -10,11 +10,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from qatkit.errors import QatkitError
-from qatkit.export.codes import Constants, compare_codes
+from qatkit.export.codes import FOUR_BITS, Constants, compare_codes
 from qatkit.export.onnx_runtime import Array, run_onnx
 from qatkit.export.qdq import SUFFIX_DQ, split_rows
 from qatkit.export.verify_report import QuantizerCheck
@@ -24,7 +25,7 @@ from qatkit.nn.weights import weights_of
 from qatkit.quantizer import TensorQuantizer
 
 if TYPE_CHECKING:
-    from onnx import ModelProto, NodeProto
+    from onnx import ModelProto, NodeProto, ValueInfoProto
 
 _SELECTING = frozenset({"NonMaxSuppression", "NonZero", "TopK", "Unique"})
 
@@ -127,8 +128,7 @@ def run_forced(
         shape = [None] * call.result.ndim
         kind = helper.np_dtype_to_tensor_dtype(constants[dq.input[1]].dtype)
         forced.graph.input.append(helper.make_tensor_value_info(given[dq.output[0]], kind, shape))
-        codes = helper.np_dtype_to_tensor_dtype(constants[q.input[2]].dtype)
-        forced.graph.output.append(helper.make_tensor_value_info(q.output[0], codes, None))
+        forced.graph.output.append(_expose_codes(forced, q, constants))
     feeds = feeds | {
         given[dq.output[0]]: call.result.astype(constants[dq.input[1]].dtype)
         for _, dq, call in calls
@@ -146,6 +146,23 @@ def run_forced(
         for (q, dq, call), codes in zip(calls, results[own:], strict=True)
     ]
     return Forced(tuple(checks), results[:own])
+
+
+def _expose_codes(forced: ModelProto, q: NodeProto, constants: Constants) -> ValueInfoProto:
+    """Return the graph output that holds the codes of a Q; those of 4 bits become float32."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    zero = constants[q.input[2]]
+    if zero.dtype.name not in FOUR_BITS:
+        kind = helper.np_dtype_to_tensor_dtype(zero.dtype)
+        return helper.make_tensor_value_info(q.output[0], kind, None)
+    name, one = f"{q.output[0]}.codes", f"{q.output[0]}.one"
+    scale = np.ones(zero.shape, np.float32)
+    forced.graph.initializer.append(numpy_helper.from_array(scale, one))
+    forced.graph.node.append(
+        helper.make_node("DequantizeLinear", [q.output[0], one, q.input[2]], [name], name)
+    )
+    return helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
 
 
 def _selected(forced: ModelProto) -> set[str]:

@@ -286,7 +286,7 @@ def test_quantize(net: nn.Module, images: list[Tensor], tmp_path: Path) -> None:
     qatkit.prepare(net, images[0], LOW)
     qatkit.calibrate(net, images, method="mse", progress=False)
     before = logits_error(net, wanted, images)
-    reports = quantize(net, images, steps=60, progress=False)
+    reports = quantize(net, images, steps=200, progress=False)
     assert [report.algorithm for report in reports] == ["fit_weight_ranges", "reconstruct"]
     assert logits_error(net, wanted, images) < 0.95 * before
     assert qatkit.export_onnx(net, images[0], tmp_path / "net.onnx").verify.ok

@@ -53,6 +53,7 @@ def rules() -> tuple[Rule, ...]:
     from qatkit.export.lint.attention_rules import ATTENTION_RULES
     from qatkit.export.lint.fusion_rules import FUSION_RULES
     from qatkit.export.lint.layout_rules import LAYOUT_RULES
+    from qatkit.export.lint.narrow_rules import NARROW_RULES
     from qatkit.export.lint.operand_rules import OPERAND_RULES
     from qatkit.export.lint.parse_rules import PARSE_RULES
     from qatkit.export.lint.residual_rules import RESIDUAL_RULES
@@ -64,6 +65,7 @@ def rules() -> tuple[Rule, ...]:
         *PARSE_RULES,
         *OPERAND_RULES,
         *WEIGHT_RULES,
+        *NARROW_RULES,
         *FUSION_RULES,
         *RESIDUAL_RULES,
         *RESULT_RULES,
