@@ -26,6 +26,12 @@ from qatkit.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from qatkit import ptq
+    from qatkit.analysis.bit_allocation import BitAllocation, allocate_bits
+    from qatkit.analysis.bit_sensitivity import BitSensitivity, bit_sensitivity
+    from qatkit.analysis.sensitivity import sensitivity
+    from qatkit.analysis.sensitivity_report import Sensitivity
+    from qatkit.data.image_preprocess import ImagePreprocess
+    from qatkit.data.input_data import InputData, load_inputs
     from qatkit.export import (
         ExportReport,
         Finding,
@@ -41,10 +47,14 @@ if TYPE_CHECKING:
     from qatkit.training.schedule import QATSchedule
 
 __all__ = [
+    "BitAllocation",
+    "BitSensitivity",
     "CalibrationReport",
     "Distiller",
     "ExportReport",
     "Finding",
+    "ImagePreprocess",
+    "InputData",
     "LearnedQuantizer",
     "NanGuard",
     "OscillationTracker",
@@ -54,8 +64,11 @@ __all__ = [
     "QuantConfig",
     "QuantSpec",
     "Rule",
+    "Sensitivity",
     "TensorQuantizer",
     "VerifyReport",
+    "allocate_bits",
+    "bit_sensitivity",
     "calibrate",
     "disable_quantization",
     "enable_quantization",
@@ -65,6 +78,7 @@ __all__ = [
     "freeze_ranges",
     "lint_onnx",
     "load",
+    "load_inputs",
     "nn",
     "oscillation_loss",
     "parameter_groups",
@@ -73,6 +87,7 @@ __all__ = [
     "ptq",
     "reestimate_batch_norm",
     "save",
+    "sensitivity",
     "shrink_range",
     "summary",
     "verify_onnx",
@@ -80,6 +95,15 @@ __all__ = [
 
 # Imported at their first use: the exporter alone is a third of what importing qatkit would cost.
 _LATER = {
+    "BitAllocation": "analysis.bit_allocation",
+    "BitSensitivity": "analysis.bit_sensitivity",
+    "ImagePreprocess": "data.image_preprocess",
+    "InputData": "data.input_data",
+    "Sensitivity": "analysis.sensitivity_report",
+    "allocate_bits": "analysis.bit_allocation",
+    "bit_sensitivity": "analysis.bit_sensitivity",
+    "load_inputs": "data.input_data",
+    "sensitivity": "analysis.sensitivity",
     "ExportReport": "export",
     "Finding": "export",
     "VerifyReport": "export",

@@ -191,7 +191,7 @@ def _swap_layers(wanted: Plan, modules: dict[str, nn.Module]) -> None:
         for replaced in block.replacements:
             parent, _, name = replaced.module.rpartition(".")
             owner = modules[block.path].get_submodule(parent)
-            owner.add_module(name, FUNCTIONS[replaced.function]())
+            owner.add_module(name, FUNCTIONS[replaced.function]().train(owner.training))
     for entry in wanted.quantizers:
         if entry.role == "weight":
             _attach_weight(entry, modules)

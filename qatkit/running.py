@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from qatkit.batches import BatchReader, device_of, to_device
 from qatkit.errors import QatkitError, QatkitTypeError, shorten
 from qatkit.graph.structure import tensors
+from qatkit.progress import progress_bar
 
 
 def check_data(data: object, batches: int | None, verb: str) -> None:
@@ -96,23 +97,9 @@ def _with_progress(
     data: Iterable[Any], limit: int | None, verb: str, progress: bool
 ) -> Iterable[Any]:
     """Return the first ``limit`` batches, with a bar on a terminal."""
-    chosen = islice(data, limit)
-    if not progress:
-        return chosen
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return chosen
     lengths = [length for length in (limit, _length(data)) if length is not None]
-    bar: Iterable[Any] = tqdm(
-        chosen,
-        total=min(lengths, default=None),
-        desc=verb,
-        unit="batch",
-        leave=False,
-        disable=None,
-    )
-    return bar
+    total = min(lengths, default=None)
+    return progress_bar(islice(data, limit), verb, "batch", progress, total)
 
 
 def _length(data: Any) -> int | None:

@@ -51,6 +51,15 @@ SIGNATURES = {
     "OscillationTracker": "(model, *, threshold=0.02, momentum=0.01)",
     "oscillation_loss": "(model)",
     "reestimate_batch_norm": "(model, data, *, batches=None, progress=True)",
+    "sensitivity": "(model, data, *, mode='leave-one-out', metric='sqnr', batches=None, "
+    "class_axis=1, progress=True)",
+    "bit_sensitivity": "(model, data, bits=(2, 3, 4, 5, 6, 8), *, metric='noise', "
+    "activations=False, batches=None, class_axis=1, progress=True)",
+    "allocate_bits": "(sensitivity, *, average_bits=None, model_bits=None, bops=None, "
+    "latency=None, latency_table=None, min_bits=2, max_bits=16, limits=None)",
+    "load_inputs": "(folder=None, *, data_list=None, samples=None, batch_size=8, "
+    "preprocess=None, shapes=None)",
+    "ImagePreprocess": "(size=None, resize=None, mean=0.0, std=1.0, layout='CHW', color='RGB')",
 }
 # Pinned by name; what they take beyond these leading parameters may still grow.
 LEADING = {"QATSchedule": ["model", "epochs"]}
@@ -62,7 +71,17 @@ FIELDS = {
     "Finding": {"rule", "level", "node", "message"},
 }  # fmt: skip
 OTHER_NAMES = {
-    *("CalibrationReport", "ExportReport", "Plan", "QatkitError", "VerifyReport", "nn", "ptq"),
+    "BitAllocation",
+    "BitSensitivity",
+    "CalibrationReport",
+    "ExportReport",
+    "InputData",
+    "Plan",
+    "QatkitError",
+    "Sensitivity",
+    "VerifyReport",
+    "nn",
+    "ptq",
 }
 PUBLIC = OTHER_NAMES | set(LEADING) | {name for name in SIGNATURES if "." not in name}
 LAYERS = [

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1] / "qatkit"
 
 # A module may import what stands on its own line or above it.
 LAYERS = (
-    ("version", "errors", "files", "copying", "spec", "config", "backend"),
+    ("version", "errors", "files", "copying", "progress", "spec", "config", "backend"),
     ("functional", "kernels"),
     ("observers",),
     ("ranks", "recompute"),
@@ -34,6 +34,7 @@ LAYERS = (
         "freeze",
         "summary",
         "checkpoint",
+        "data",
     ),
     ("tables",),
     ("training",),

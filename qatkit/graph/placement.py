@@ -66,7 +66,8 @@ def _paths(reading: Reading) -> list[str]:
     weights = [join_path(path, "weight_quantizer") for path in ["", *paths]]
     inputs = [join_path(path, "input_quantizer") for path in ["", *paths]]
     skipped = [skip.path for skip in reading.skipped]
-    return [*paths, *weights, *inputs, *sorted(reading.asked), *skipped]
+    operands = sorted(reading.asked | reading.operand_names())
+    return [*paths, *weights, *inputs, *operands, *skipped]
 
 
 def _layers(reading: Reading, sharing: Sharing, folds: dict[str, str]) -> tuple[LayerPlan, ...]:

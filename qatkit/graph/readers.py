@@ -152,6 +152,20 @@ class Reading:
             for pair in zip(reader.calls, reader.values, strict=True)
         }
 
+    def operand_names(self) -> set[str]:
+        """Return the paths of the quantizers that operators might have.
+
+        Whether they have them depends on what else is quantized: a rule that leaves such a
+        quantizer out is right even if another one has left it out already.
+        """
+        found = set()
+        for call in self.capture.operators:
+            stem = function_path(call)
+            found.add(f"{stem}_quantizer")
+            for index, value in enumerate(call.inputs):
+                found |= {f"{stem}_input_{index}_quantizer", quantizer_path(call, value)}
+        return found
+
     def _free_path(self, call: Call, value: Value) -> str:
         """Return a path for a quantizer of ``call`` that no other operand in its block has."""
         first = quantizer_path(call, value)

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from qatkit.errors import QatkitError
 from qatkit.nn.quantized import QuantizedWeight
+from qatkit.progress import progress_bar
 from qatkit.ptq.absorb import mean_behind_relu
 from qatkit.ptq.neighbours import find_pairs, on_inputs
 from qatkit.ptq.norms import norms_of
-from qatkit.ptq.progress import progress_bar
 from qatkit.ptq.reference import reference_of
 from qatkit.ptq.report import Change, PtqReport
 from qatkit.ptq.restoring import restoring

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from qatkit.errors import QatkitError
 from qatkit.nn.weights import Weight
+from qatkit.progress import progress_bar
 from qatkit.ptq.learned_step import LearnedStep, can_learn
 from qatkit.ptq.learned_vector import LearnedVector, vectors_of
 from qatkit.ptq.norms import norms_of
-from qatkit.ptq.progress import progress_bar
 from qatkit.ptq.reference import reference_of
 from qatkit.ptq.report import Change, PtqReport
 from qatkit.ptq.restoring import restoring

@@ -16,7 +16,7 @@ from qatkit.graph.structure import tensors
 from qatkit.modes import disable_quantization, quantizers
 from qatkit.nn.quantized import QuantizedComposite, QuantizedInput
 from qatkit.prepare import weight_quantizers
-from qatkit.ptq.progress import progress_bar
+from qatkit.progress import progress_bar
 from qatkit.ptq.report import Change, PtqReport
 from qatkit.ptq.restoring import restoring
 from qatkit.ptq.runs import Runs

@@ -60,6 +60,7 @@ def test_plan_and_prepare_keep_training_flags_and_everything_else(case, mode):
     assert {path: set(vars(m)) for path, m in model.named_modules()} == attributes
     assert [type(m) for m in model.modules()] == [type(m) for m in case.float.model.modules()]
     qatkit.prepare(model, case.float.inputs)
+    hooks[""] += 2  # the ranges of the ranks meet at the end of the model's forward
     after = flags_of(model)
     assert {path: after[path] for path in flags} == flags
     assert {path: len(model.get_submodule(path)._forward_hooks) for path in hooks} == hooks

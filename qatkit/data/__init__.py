@@ -1,0 +1,1 @@
+"""Input data from files: folders and lists of images and arrays, as batches of tensors."""
