@@ -12,7 +12,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -32,8 +32,9 @@ from qatkit.nn.batchnorm import (
 )
 from qatkit.nn.functions import FUNCTIONS
 from qatkit.prepare import apply_plan, plan_of
-from qatkit.quantizer import Observe
+from qatkit.quantizer import Observe, TensorQuantizer
 from qatkit.ranks import GATHER, require_whole
+from qatkit.spec import QuantSpec
 from qatkit.version import __version__
 
 FORMAT = 1
@@ -77,7 +78,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     tensors, aliases = _deduplicated(model)
     header = _Header(
         plan=plan,
-        switches={path: (each.quantize, each.observe) for path, each in quantizers(model)},
+        switches={path: _Switch.of(each) for path, each in quantizers(model)},
         frozen=tuple(path for path, norm in batch_norms(model) if statistics_are_frozen(norm)),
         aliases=aliases,
     )
@@ -124,18 +125,49 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
 
 
 @dataclass(frozen=True)
+class _Switch:
+    """What a quantizer is set to.
+
+    Attributes:
+        quantize: on or off.
+        observe: when it estimates.
+        num_bits: its width now, which a schedule may have changed; ``None`` for that of the plan.
+    """
+
+    quantize: bool
+    observe: Observe
+    num_bits: int | None
+
+    def __post_init__(self) -> None:
+        """Check the width."""
+        if self.num_bits is not None:
+            QuantSpec(num_bits=self.num_bits)
+
+    @classmethod
+    def of(cls, quantizer: TensorQuantizer) -> _Switch:
+        """Read it."""
+        return cls(quantizer.quantize, quantizer.observe, quantizer.spec.num_bits)
+
+    def set(self, quantizer: TensorQuantizer) -> None:
+        """Set it; the tensors of the range are loaded next."""
+        quantizer.quantize, quantizer.observe = self.quantize, self.observe
+        if self.num_bits is not None:
+            quantizer.spec = quantizer.spec.replace(num_bits=self.num_bits)
+
+
+@dataclass(frozen=True)
 class _Header:
     """What a file says besides the tensors.
 
     Attributes:
         plan: the plan that the model was prepared by.
-        switches: for each quantizer ``(quantize, observe)``.
+        switches: of each quantizer.
         frozen: paths of the frozen batch norms.
         aliases: for each further name of a tensor the name it is stored under.
     """
 
     plan: Plan
-    switches: Mapping[str, tuple[bool, Observe]]
+    switches: Mapping[str, _Switch]
     frozen: tuple[str, ...]
     aliases: Mapping[str, str]
 
@@ -145,10 +177,7 @@ class _Header:
             "format": FORMAT,
             "version": __version__,
             "plan": self.plan.to_dict(),
-            "quantizers": {
-                path: {"quantize": quantize, "observe": observe}
-                for path, (quantize, observe) in self.switches.items()
-            },
+            "quantizers": {path: asdict(each) for path, each in self.switches.items()},
             "frozen_batch_norms": list(self.frozen),
             "aliases": dict(self.aliases),
         }
@@ -168,7 +197,9 @@ class _Header:
                 f"qatkit {__version__} reads format {FORMAT}; install the version that wrote it"
             )
         switches = {
-            str(path): (bool(each["quantize"]), _observe(each["observe"]))
+            str(path): _Switch(
+                bool(each["quantize"]), _observe(each["observe"]), each.get("num_bits")
+            )
             for path, each in fields["quantizers"].items()
         }
         frozen = tuple(str(path) for path in fields["frozen_batch_norms"])
@@ -343,8 +374,8 @@ def _check_state(header: _Header, tensors: Mapping[str, Tensor], model: nn.Modul
 
 
 def _restore(model: nn.Module, header: _Header, tensors: Mapping[str, Tensor]) -> None:
-    model.load_state_dict(tensors)
     for path, quantizer in quantizers(model):
-        quantizer.quantize, quantizer.observe = header.switches[path]
+        header.switches[path].set(quantizer)
+    model.load_state_dict(tensors)
     for path, norm in batch_norms(model):
         (freeze_statistics if path in header.frozen else thaw_statistics)(norm)

@@ -106,7 +106,8 @@ class LearnedQuantizer(TensorQuantizer, trained=True):
 
     def _grid_for(self, x: Tensor) -> Grid | None:
         if self.has_range:
-            return self._grid().detach() if self.observe == "never" else self._grid()
+            still = self.observe == "never" or self._waits  # its parameters may be written yet
+            return self._grid().detach() if still else self._grid()
         if self.spec.memory != "latest":
             return None
         return grid_of(to_parameters(*self._estimate(x), self._written_by), self._written_by)

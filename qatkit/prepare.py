@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from torch import Tensor, nn
@@ -164,8 +165,9 @@ def apply_plan(wanted: Plan, model: nn.Module) -> None:
 
 
 def _state(module: nn.Module) -> dict[str, Any]:
-    """Return the attributes of a module, with a copy of the table of its children."""
-    return {**module.__dict__, "_modules": dict(module._modules)}
+    """Return the attributes of a module, with copies of the tables of its children and hooks."""
+    tables = {name: copy.copy(each) for name, each in vars(module).items() if "_hooks" in name}
+    return {**module.__dict__, **tables, "_modules": dict(module._modules)}
 
 
 def _check(wanted: Plan, modules: dict[str, nn.Module], name: str) -> None:

@@ -259,13 +259,16 @@ class Method:
 
 METHODS = {
     2: Method(0.05, 0.05, False),
-    3: Method(0.004, 0.004, True),
-    4: Method(0.004, 0.004, True),
+    3: Method(0.003, 0.003, True),
+    4: Method(0.0015, 0.0015, True),
 }
 
 
 def train_quantized(net: nn.Module, teacher: nn.Module, train: Images, knobs: Knobs) -> None:
-    """Train the weights and the ranges to give the outputs of the float network."""
+    """Train the weights and the ranges to give the outputs of the float network.
+
+    Those of an image and of its mirror image are averaged, which makes the better teacher.
+    """
     method = METHODS[min(knobs.wbits, knobs.abits, max(METHODS))]
     lr, range_lr = knobs.lr or method.lr, knobs.range_lr or method.range_lr
     groups = qatkit.parameter_groups(net, lr=lr, weight_decay=1e-4, range_lr=range_lr)
@@ -289,7 +292,7 @@ def train_quantized(net: nn.Module, teacher: nn.Module, train: Images, knobs: Kn
                 pixels = batch.pixels if method.settled else augment(batch.pixels, random)
                 x = normalize(pixels)
                 with torch.no_grad():
-                    target = teacher(x).softmax(1)
+                    target = (teacher(x).softmax(1) + teacher(x.flip(3)).softmax(1)) / 2
                 loss = F.cross_entropy(net(x), target)
                 optimizer.zero_grad()
                 loss.backward()

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import qatkit
 from qatkit.calibrate import calibrate
 from qatkit.checkpoint import FORMAT, load, save
 from qatkit.config import QuantConfig, Rule
@@ -375,3 +376,21 @@ def test_views_of_one_storage(tmp_path: Path) -> None:
     twin = load(net(), tmp_path / "x")
     assert torch.equal(twin.square, model.square)
     assert torch.equal(twin.head, model.head)
+
+
+@pytest.mark.parametrize("observer", ["minmax", "lsq"])
+def test_the_widths_of_a_schedule(tmp_path, observer):
+    def net():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+
+    x = torch.randn(16, 8)
+    spec = qatkit.QuantSpec(observer=observer, num_bits=4)
+    model = qatkit.prepare(net(), x, qatkit.QuantConfig(activation=spec))
+    qatkit.calibrate(model, [x], progress=False)
+    schedule = qatkit.QATSchedule(model, 4, bits={0: 8, 1: 6, 2: 4})
+    schedule.step()
+    qatkit.save(model, tmp_path / "model.safetensors")
+    again = qatkit.load(net(), tmp_path / "model.safetensors")
+    assert again[0].input_quantizer.spec.num_bits == 6
+    assert torch.equal(again.eval()(x), model.eval()(x))

@@ -614,3 +614,27 @@ def test_two_processes_train_the_same_ranges(tmp_path: Path) -> None:
         ranges = [name for name in first if "quantizer" in name]
         assert len(ranges) == 18
         assert all(torch.equal(first[name], second[name]) for name in ranges)
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_a_layer_called_twice_whose_first_input_is_zero(name: str) -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.again = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            state = torch.zeros(len(x), 4)
+            for t in range(3):
+                state = torch.tanh(self.first(x[:, t]) + self.again(state))
+            return state
+
+    learned = QuantSpec(observer=name, num_bits=4)
+    model = qatkit.prepare(
+        Recurrent(), torch.randn(2, 3, 4), QuantConfig(activation=learned, first_last_bits=8)
+    )
+    for _ in range(2):
+        model.train()(torch.randn(2, 3, 4)).square().sum().backward()
+    quantizers = [m for m in model.modules() if isinstance(m, TensorQuantizer) and m.spec.learned]
+    assert quantizers
+    assert all(q.calibrated and not q.observing for q in quantizers)

@@ -6,6 +6,7 @@ functions of the forward are known by name and number.
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from typing import Any, ClassVar
 
@@ -58,11 +59,15 @@ def become(block: nn.Module, plan: InterceptionPlan) -> None:
     block.__class__ = planned_class(InterceptedBlock, kind, plan, forward, become)
 
 
-class _Depth:
-    """How many calls of modules are open inside a block."""
+class _Depth(threading.local):
+    """How many calls of modules are open inside a block, in each thread."""
 
     def __init__(self) -> None:
         self.value = 0
+
+    def __reduce__(self) -> tuple[type[_Depth], tuple[()]]:
+        """Copies and pickles start outside of any call."""
+        return type(self), ()
 
 
 class _Enter:
@@ -141,7 +146,7 @@ class _Operands(TorchFunctionMode):
     def _quantize(self, path: str, x: Tensor) -> Tensor:
         """Return ``x`` on the grid; a tensor that two functions read is quantized once."""
         quantizer = self._block.get_submodule(path)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or x.is_inference():  # which cannot tell what was written
             return quantizer(x)  # type: ignore[no-any-return]
         key = path, id(x), x._version
         if key not in self._quantized:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from qatkit.freeze import remember_weight_range
 from qatkit.kernels.portable import along
 from qatkit.modes import select_quantizers
 from qatkit.nn.weights import Weight, weights_of
@@ -63,12 +64,7 @@ def pin_range(weight: Weight) -> None:
     quantizer = weight.quantizer
     if quantizer.calibrated and (quantizer.observe == "never" or quantizer.spec.learned):
         return
-    saved = quantizer.observe, quantizer.quantize
-    try:
-        quantizer.observe, quantizer.quantize = "always", False
-        quantizer(weight.seen.detach())
-    finally:
-        quantizer.observe, quantizer.quantize = saved
+    remember_weight_range(weight)
     _hold(quantizer)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -244,3 +245,16 @@ def test_calls_that_cannot_be_counted_stay_float():
     plan = qatkit.plan(Loop(), X)
     assert plan.interceptions == ()
     assert any("block.matmul" in skip.path for skip in plan.skipped)
+
+
+def test_inference_mode(model):
+    expected = model(X)
+    with torch.inference_mode():
+        assert torch.equal(model(X), expected)
+
+
+def test_threads(model):
+    with torch.no_grad(), ThreadPoolExecutor(4) as pool:
+        expected = model(X)
+        results = list(pool.map(lambda _: torch.equal(model(X), expected), range(40)))
+    assert all(results)
