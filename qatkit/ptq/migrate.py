@@ -184,8 +184,7 @@ def _peak(runs: Runs, layer: nn.Module) -> Tensor:
     handle = layer.register_forward_hook(keep)
     try:
         with disable_quantization(runs.model):
-            for index in range(len(runs.batches)):
-                runs.run(index)
+            runs.run_all()
     finally:
         handle.remove()
     return torch.stack(found).amax(0)

@@ -93,6 +93,11 @@ class Runs:
         names = list(inspect.signature(float_class(type(self.model)).forward).parameters)[1:]
         return {**dict(zip(names, args, strict=False)), **kwargs}
 
+    def run_all(self) -> None:
+        """Run the model on every batch, for hooks."""
+        for index in range(len(self.batches)):
+            self.run(index)
+
     def run(self, index: int) -> Any:
         """Run the model on one batch without gradients; return its output."""
         args, kwargs = self.batches[index]

@@ -228,8 +228,7 @@ def _tensors_of(runs: Runs, quantizer: TensorQuantizer) -> list[Tensor]:
     handle = quantizer.register_forward_pre_hook(keep)
     try:
         with disable_quantization(runs.model):
-            for index in range(len(runs.batches)):
-                runs.run(index)
+            runs.run_all()
     finally:
         handle.remove()
     return [x for x in seen if x.numel()]
