@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from qatkit import kernels
 from qatkit.errors import QatkitError
 from qatkit.functional import (
     fake_quantize,
@@ -17,6 +18,7 @@ from qatkit.functional import (
     qparams,
 )
 from qatkit.kernels import is_eager_cpu
+from qatkit.kernels.cpu import EVERYTHING, fake_quantize_number
 from qatkit.observers import (
     OBSERVERS,
     Grid,
@@ -25,6 +27,14 @@ from qatkit.observers import (
     holds_range,
     translated,
     update,
+)
+from qatkit.plain_numbers import (
+    knows_activation,
+    knows_weight,
+    observed_range,
+    ranges_of_rows,
+    scale_of,
+    scales_of,
 )
 from qatkit.ranks import range_of_parts, stacked_over_ranks, world_size
 from qatkit.recompute import UsedRanges, is_recomputing, may_be_recomputed
@@ -36,6 +46,15 @@ NO_RANGE = (
     "a quantizer without a range passes its input through unquantized; "
     "run qatkit.calibrate(model, data) first, qatkit.summary(model) lists them"
 )
+
+
+class _Ahead(NamedTuple):
+    """A weight that was quantized before its layer runs, and what that depended on."""
+
+    source: Tensor
+    version: int
+    settings: tuple[QuantSpec, Observe]
+    result: Tensor
 
 
 class TensorQuantizer(nn.Module):
@@ -111,6 +130,7 @@ class TensorQuantizer(nn.Module):
         self._peers: tuple[TensorQuantizer, ...] = ()
         self.queue: list[Range] | None = None
         self._used = UsedRanges()
+        self._ahead: _Ahead | None = None
         bounds = spec.fixed_range or (0.0, 0.0)
         self._make_range(*(torch.full(shape, end, device=device) for end in bounds))
         count = torch.tensor(int(self._has_range), dtype=torch.int64, device=device)
@@ -179,6 +199,12 @@ class TensorQuantizer(nn.Module):
             part: (n, *x.shape[1:]) rows of ``x``: they are returned in its place, on its grid.
             at: (n,) their indices.
         """
+        if part is None and not torch.compiler.is_compiling():
+            quantized = self._taken_ahead(x) if self._ahead else None
+            if quantized is None:
+                quantized = self._in_plain_numbers(x)
+            if quantized is not None:
+                return quantized
         wanted = x if part is None else part
         if not self.quantize:
             if self.observing and not is_recomputing():
@@ -192,6 +218,113 @@ class TensorQuantizer(nn.Module):
         if at is not None and self.spec.axis == 0:
             grid = grid.at(at)
         return self._on_grid(wanted, grid)
+
+    def is_plain_weight(self, x: Tensor) -> bool:
+        """Whether `ranges_of_rows` and `quantize_ahead` are for this quantizer and weight."""
+        ranged = self.observe != "never" or self.calibrated
+        return ranged and knows_weight(self.spec) and self._is_plain(x)
+
+    def ranges_of_rows(self, x: Tensor) -> Range:
+        """Return the range of each row of a weight, that of the row or the frozen one."""
+        if self.observe == "never":
+            return self.min_val, self.max_val
+        return ranges_of_rows(x.detach())
+
+    def quantize_ahead(self, x: Tensor, ranges: Range, scales: Tensor) -> None:
+        """Quantize a weight for the forward that follows.
+
+        Args:
+            x: the weight.
+            ranges: as `ranges_of_rows` gives them.
+            scales: (channels,) float32, those of the ranges.
+        """
+        result = self._quantized_rows(x, ranges, scales)
+        self._ahead = _Ahead(x, x._version, (self.spec, self.observe), result)
+
+    def quantize_clipped_ahead(self, x: Tensor, bounds: tuple[float, float]) -> Tensor | None:
+        """Clip ``x``, quantize it for the forward that follows, and return it, as one operation.
+
+        Returns ``None``, and does nothing, unless this is a common quantizer in a training step.
+
+        Args:
+            x: the tensor.
+            bounds: where to clip it first, the lower one not above 0.
+        """
+        usual = self._is_plain(x) and x.requires_grad and knows_activation(self.spec)
+        if not usual or is_recomputing() or may_be_recomputed():
+            return None
+        result = self._plain_activation(x, bounds)
+        if result is not None:
+            self._ahead = _Ahead(result, result._version, (self.spec, self.observe), result)
+        return result
+
+    def forget_ahead(self) -> None:
+        """Drop what was quantized ahead and not asked for."""
+        self._ahead = None
+
+    def _taken_ahead(self, x: Tensor) -> Tensor | None:
+        """Return what was quantized ahead, once, if it is what a forward would compute now."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is None or ahead.source is not x or ahead.version != x._version:
+            return None
+        if ahead.settings != (self.spec, self.observe) or not self.quantize or may_be_recomputed():
+            return None
+        return ahead.result
+
+    def _is_plain(self, x: Tensor) -> bool:
+        return (
+            self.quantize
+            and type(self) is TensorQuantizer
+            and is_eager_cpu(x)
+            and x.dtype is torch.float32
+            and x.numel() > 0
+            and not self._peers
+            and self.queue is None
+        )
+
+    def _in_plain_numbers(self, x: Tensor) -> Tensor | None:
+        """Do the same the short way where nothing is out of the ordinary, else return ``None``."""
+        if knows_activation(self.spec):
+            return self._plain_activation(x) if self._is_plain(x) else None
+        return self._plain_weight(x)
+
+    def _plain_activation(
+        self, x: Tensor, bounds: tuple[float, float] = EVERYTHING
+    ) -> Tensor | None:
+        spec = self.spec
+        if not self.observing:
+            if not self.calibrated:
+                return None
+            low, high = self.min_val.item(), self.max_val.item()
+        elif is_recomputing() or may_be_recomputed() or self._asks_other_ranks:
+            return None
+        else:
+            state = self.min_val, self.max_val, self.num_batches
+            found = observed_range(x.detach(), state, spec, bounds)
+            if found is None:
+                return None
+            self._has_range = True
+            low, high = found
+        scale = scale_of(low, high, spec)
+        return fake_quantize_number(x, scale, spec.quant_min, spec.quant_max, bounds)
+
+    def _plain_weight(self, x: Tensor) -> Tensor | None:
+        if not self.is_plain_weight(x):
+            return None
+        ranges = self.ranges_of_rows(x)
+        scales = scales_of(*ranges, self.spec.quant_max)
+        return None if scales is None else self._quantized_rows(x, ranges, scales)
+
+    def _quantized_rows(self, x: Tensor, ranges: Range, scales: Tensor) -> Tensor:
+        spec = self.spec
+        if self.observe == "never":
+            return kernels.fake_quantize(x, scales, 0, spec.quant_min, spec.quant_max, 0)
+        if self.observing and not is_recomputing():
+            self.min_val.copy_(ranges[0])
+            self.max_val.copy_(ranges[1])
+            self.num_batches.add_(1)
+            self._has_range = True
+        return kernels.fake_quantize_unclipped(x, scales, 0)
 
     def unobserved(self, x: Tensor) -> Tensor:
         """Return ``x`` on the grid that there is, or as it is while there is none.

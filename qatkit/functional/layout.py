@@ -28,5 +28,9 @@ def rows(x: Tensor, axis: int | None) -> Tensor:
     """
     if axis is None:
         return dense_order(x)[None]
+    if axis == 0 and x.numel():
+        inner = () if x.is_contiguous() else range(1, x.dim())
+        order = sorted(inner, key=x.stride, reverse=True)
+        return (x.permute(0, *order) if order else x).reshape(x.shape[0], -1)
     moved = x.movedim(axis, 0)
     return moved.reshape(moved.shape[0], -1) if moved.numel() else moved.flatten(1)

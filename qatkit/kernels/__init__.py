@@ -63,6 +63,8 @@ def fake_quantize_learned(
 
 def fake_quantize_unclipped(x: Tensor, scale: Tensor | float, axis: int | None) -> Tensor:
     """Fake-quantize ``x``, all of it inside the grid, arguments already checked."""
+    if is_eager_cpu(x):
+        return cpu.fake_quantize_unclipped(x, scale, axis)
     return portable.fake_quantize_unclipped(x, scale, axis)
 
 

@@ -2,25 +2,30 @@
 
 | step | passes over x |
 |---|---|
-| fake quantize, forward | 4 in place on one buffer |
+| fake quantize, forward | 4 to 5, all but the first in place on one buffer |
 | fake quantize, backward | 1, on x itself per-tensor, on x / scale per-channel |
 | shrink, small percentile | 2 over x, the rest on a few blocks |
 | shrink, large percentile | 2 over x, 4 for the bins and 1 over bytes for the histogram |
+
+With one scale the gradient of fake quantization is that of ``clip(x)``, and with a grid that holds
+all of x that of ``clone(x)``. So PyTorch records only this first pass, and the others write to its
+result unseen: no `torch.autograd.Function` has to come back to Python, which costs more than small
+tensors themselves.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any, TypeAlias
+import math
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from qatkit.kernels import portable
 from qatkit.kernels.portable import along
-
-_Array: TypeAlias = "np.ndarray[Any, np.dtype[np.float32]]"
 
 
 def fake_quantize(
@@ -36,11 +41,80 @@ def fake_quantize(
         value, shift = float(scale), int(zero_point)
         low, high = quant_min - shift, quant_max - shift
         if low <= 0 <= high and _has_reciprocal(value):
+            if x.dtype == torch.float32:
+                return fake_quantize_number(x, value, low, high)
             return _apply(_PerTensor, x, value, low, high)
-    elif not isinstance(zero_point, Tensor):
+    elif isinstance(scale, Tensor) and not isinstance(zero_point, Tensor):
         low, high = quant_min - zero_point, quant_max - zero_point
+        result = _rows_hardly_clipped(x, scale, low, high) if axis == 0 else None
+        if result is not None:
+            return result
         return _apply(_PerChannel, x, along(scale, x, axis), low, high)
     return portable.fake_quantize(x, scale, zero_point, quant_min, quant_max, axis)
+
+
+EVERYTHING = -math.inf, math.inf
+
+
+def fake_quantize_number(
+    x: Tensor, scale: float, low: int, high: int, bounds: tuple[float, float] = EVERYTHING
+) -> Tensor:
+    """Fake-quantize ``x``, float32, with one scale and a zero point of 0.
+
+    Args:
+        x: any shape and memory format.
+        scale: a number of float32 that has a reciprocal.
+        low: the lowest code, not above 0.
+        high: the highest code, not below 0.
+        bounds: clip ``x`` to them before, where it gets no gradient.
+    """
+    below, above = first_outside(scale, low, high)
+    y = functional.hardtanh(x, max(below, bounds[0]), min(above, bounds[1]))
+    y.detach().mul_(reciprocal(scale)).round_().clamp_(low, high).mul_(scale)
+    return y
+
+
+def fake_quantize_unclipped(x: Tensor, scale: Tensor | float, axis: int | None) -> Tensor:
+    """Fake-quantize ``x``, all of it inside the grid."""
+    if x.dtype != torch.float32:
+        return portable.fake_quantize_unclipped(x, scale, axis)
+    wide = along(scale, x, axis)
+    inverse = wide.reciprocal() if isinstance(wide, Tensor) else reciprocal(wide)
+    y = x.clone()
+    y.detach().mul_(inverse).round_().mul_(wide)
+    return y
+
+
+def _rows_hardly_clipped(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor | None:
+    """Fake-quantize a weight of whose rows few reach outside the grid, else return ``None``.
+
+    The extremes of the rows tell which; only those are searched for the elements outside. The
+    backward pass then sets a few elements to zero, or none, where `_PerChannel` compares them all.
+    """
+    order = sorted(range(x.dim()), key=x.stride, reverse=True)
+    if x.dtype != torch.float32 or x.numel() < _SMALL or order[0]:
+        return None
+    x_CM = x.detach().permute(order).reshape(len(x), -1)
+    inverse = scale.reciprocal()
+    steps = [np.rint(end.numpy()) for end in (x_CM.amin(1) * inverse, x_CM.amax(1) * inverse)]
+    outside = np.flatnonzero(~((steps[0] >= low) & (steps[1] <= high)))
+    if not len(outside):
+        return fake_quantize_unclipped(x, scale, 0)
+    if _MANY * len(outside) > len(x):
+        return None
+    some = torch.from_numpy(outside)
+    codes = x_CM[some].mul_(inverse[some, None]).round_()
+    row, column = (~((codes >= low) & (codes <= high))).nonzero(as_tuple=True)
+    clipped = some[row] * x_CM.shape[1] + column
+    y = x.permute(order).reshape(-1).index_fill(0, clipped, 0.0)
+    y_CM = y.detach().view_as(x_CM)
+    y_CM.mul_(inverse[:, None]).round_().mul_(scale[:, None])
+    y_CM.view(-1)[clipped] = codes[row, column].clamp_(low, high).mul_(scale[some[row]])
+    back = sorted(range(x.dim()), key=order.__getitem__)
+    return y.view([x.shape[axis] for axis in order]).permute(back)
+
+
+_SMALL, _MANY = 2**16, 4  # elements for which `_PerChannel` is as fast; one row of so many
 
 
 def shrink(x_CM: Tensor, percentile: float) -> tuple[Tensor, Tensor]:
@@ -50,55 +124,99 @@ def shrink(x_CM: Tensor, percentile: float) -> tuple[Tensor, Tensor]:
     less. Rows that hold anything unusual go the portable way.
     """
     channels, total = x_CM.shape
-    most = portable.droppable(total, percentile)
-    block = portable.block_size(total, most)
-    if most and block:
-        smallest = portable.extremes(x_CM, most + 1, block, largest=False)[:, ::most]
-        biggest = portable.extremes(x_CM, most + 1, block, largest=True)[:, ::most]
-        low, left = smallest.numpy().T
-        high, right = biggest.numpy().T
-        if _ordinary(low, high):
-            factor = _bins_per_unit(low, high)
-            first, last = np.rint((left - low) * factor), np.rint((right - low) * factor)
-            return _centers(low, high, first, last)
-    elif most == 0 or channels == 1:
-        low_C, high_C = x_CM.amin(1), x_CM.amax(1)
-        low, high = low_C.numpy(), high_C.numpy()
-        if most == 0 and np.isfinite(low).all() and np.isfinite(high).all():
-            return low_C, high_C
-        if most and _ordinary(low, high):
-            return _centers(low, high, *_histogram_ends(x_CM, low, high, most))
+    if channels == 1:
+        ends = shrink_row(x_CM[0], percentile)
+        if ends is not None:
+            low, high = torch.tensor(ends, dtype=torch.float32)[:, None]
+            return low, high
+    elif portable.droppable(total, percentile) == 0:
+        low, high = x_CM.amin(1), x_CM.amax(1)
+        if np.isfinite(low.numpy()).all() and np.isfinite(high.numpy()).all():
+            return low, high
     return portable.shrink(x_CM, percentile)
 
 
-def _ordinary(low: _Array, high: _Array) -> bool:
-    # Neither NaN nor infinite nor constant, and the bins need no scaling (`portable.bins`).
-    with np.errstate(over="ignore", invalid="ignore"):
-        span = high - low
-    return bool(((span >= 2.0**-100) & (span < np.inf)).all())
+def shrink_row(
+    x_M: Tensor, percentile: float, bounds: tuple[float, float] = EVERYTHING
+) -> tuple[float, float] | None:
+    """Return the shrunk range of one row as float32 numbers, ``None`` where that takes more care.
+
+    That is for a row that holds NaN or an infinity, is constant, or spans next to nothing or more
+    than float32 can add up: see `qatkit.kernels.portable.shrink`. The range is that of the row
+    clipped to ``bounds``; clipping keeps the order, so that a few numbers are clipped instead.
+    """
+    most = portable.droppable(len(x_M), percentile)
+    if most == 0:
+        low, high = (_clipped(end.item(), bounds) for end in torch.aminmax(x_M))
+        return (low, high) if -_LARGEST <= low <= high <= _LARGEST else None
+    block = portable.block_size(len(x_M), most)
+    if block:
+        blocks = len(x_M) // block
+        whole, rest = (x_M, None) if len(x_M) % block == 0 else x_M.tensor_split([blocks * block])
+        x_RB = whole.view(blocks, block)
+        low, left = _two_extremes(x_RB, rest, most + 1, bounds, largest=False)
+        high, right = _two_extremes(x_RB, rest, most + 1, bounds, largest=True)
+    else:
+        x_M = x_M if bounds == EVERYTHING else x_M.clamp(*bounds)
+        low, high = (end.item() for end in torch.aminmax(x_M))
+    if not _SMALLEST_SPAN <= high - low <= _LARGEST:  # false for NaN too
+        return None
+    start, factor = np.float32(low), _bins_per_unit(low, high)
+    if block:
+        first = round(float((np.float32(left) - start) * factor))
+        last = round(float((np.float32(right) - start) * factor))
+    else:
+        first, last = _histogram_ends(x_M, low, float(factor), most)
+    back = np.float32(1) / factor
+    if first > 1:
+        low = max(low, float(np.float32(first - 1) * back + start))
+    if last < portable.LAST_BIN - 1:
+        high = min(high, float(np.float32(last + 1) * back + start))
+    return low, high
 
 
-def _bins_per_unit(low: _Array, high: _Array) -> _Array:
-    factor: _Array = np.float32(1) / (high - low) * np.float32(portable.LAST_BIN)
+_LARGEST = float(np.finfo(np.float32).max)
+_SMALLEST_SPAN = 2.0**-99  # below, the bins need scaling (`portable.bins`)
+
+
+def _bins_per_unit(low: float, high: float) -> np.float32:
+    span = np.float32(high) - np.float32(low)
+    factor: np.float32 = np.float32(1) / span * np.float32(portable.LAST_BIN)
     return factor
 
 
-def _centers(low: _Array, high: _Array, first: _Array, last: _Array) -> tuple[Tensor, Tensor]:
-    back = np.float32(1) / _bins_per_unit(low, high)
-    start = np.maximum(first - np.float32(1), np.float32(0))
-    stop = np.minimum(last + np.float32(1), np.float32(portable.LAST_BIN))
-    from_low = np.where(start == 0, low, np.maximum(low, start * back + low))
-    to_high = np.where(stop == portable.LAST_BIN, high, np.minimum(high, stop * back + low))
-    return torch.from_numpy(from_low), torch.from_numpy(to_high)
+def _clipped(number: float, bounds: tuple[float, float]) -> float:
+    return min(max(number, bounds[0]), bounds[1])  # NaN stays NaN
 
 
-def _histogram_ends(x_1M: Tensor, low: _Array, high: _Array, most: int) -> tuple[_Array, _Array]:
-    factor = _bins_per_unit(low, high)
-    codes = (x_1M - float(low[0])).mul_(float(factor[0])).round_().to(torch.uint8).flatten()
+def _two_extremes(
+    x_RB: Tensor, rest: Tensor | None, k: int, bounds: tuple[float, float], *, largest: bool
+) -> tuple[float, float]:
+    """Return the most extreme element and the ``k``-th of them; see `portable.extremes`."""
+    peaks = (x_RB.amax(1) if largest else x_RB.amin(1)).numpy()
+    end = float(peaks.max() if largest else peaks.min())
+    if math.isnan(end):
+        return end, end
+    limit = bounds[1] if largest else bounds[0]
+    count = np.count_nonzero(peaks >= min(end, limit) if largest else peaks <= max(end, limit))
+    if rest is None and count >= k:  # zeros behind a ReLU
+        return 2 * (_clipped(end, bounds),)
+    place = len(peaks) - k if largest else k - 1
+    bound = np.partition(peaks, place)[place]  # k blocks have an element as extreme as this
+    chosen = np.flatnonzero(peaks >= bound if largest else peaks <= bound)
+    candidates = x_RB.numpy()[chosen].ravel()
+    if rest is not None:
+        candidates = np.concatenate([candidates, rest.numpy()])
+    candidates = np.sort(candidates[candidates >= bound if largest else candidates <= bound])
+    ends = (candidates[-1], candidates[-k]) if largest else (candidates[0], candidates[k - 1])
+    return _clipped(float(ends[0]), bounds), _clipped(float(ends[1]), bounds)
+
+
+def _histogram_ends(x_M: Tensor, low: float, factor: float, most: int) -> tuple[int, int]:
+    codes = (x_M - low).mul_(factor).round_().to(torch.uint8)
     counts = torch.bincount(codes, minlength=portable.LAST_BIN + 1).numpy()
-    first = np.count_nonzero(counts.cumsum() <= most)
-    last = portable.LAST_BIN - np.count_nonzero(counts[::-1].cumsum() <= most)
-    return np.array([first], np.float32), np.array([last], np.float32)
+    first, dropped = (int((side.cumsum() <= most).sum()) for side in (counts, counts[::-1]))
+    return first, portable.LAST_BIN - dropped
 
 
 class _PerTensor(torch.autograd.Function):
@@ -171,20 +289,39 @@ def first_outside(scale: float, low: int, high: int) -> tuple[float, float]:
     >>> first_outside(1.0, -128, 127)
     (-128.50001525878906, 127.5)
     """
-    return -_first_above(scale, -low), _first_above(scale, high)
+    inverse = reciprocal(scale)
+    return -_first_above(inverse, -low), _first_above(inverse, high)
 
 
-def _first_above(scale: float, high: int) -> float:
-    inverse, limit = np.float32(reciprocal(scale)), np.float32(high + 0.5)
+def _first_above(inverse: float, high: int) -> float:
+    middle, is_above = _rounds_above(high)
+    x = middle / inverse
+    if x > _LARGEST:
+        return math.inf
+    x = float(np.float32(x))  # this one or a neighbour; products are exact in float64
+    mantissa, exponent = math.frexp(x)
+    step = math.ldexp(1.0, max(exponent - 24, -149))
+    if _is_inside(x * inverse, middle, is_above):
+        return x + step
+    before = x - (step / 2 if mantissa == 0.5 and exponent > -125 else step)
+    return x if _is_inside(before * inverse, middle, is_above) else before
+
+
+def _is_inside(product: float, middle: float, is_above: bool) -> bool:
+    return product < middle or (product == middle and not is_above)
+
+
+@functools.lru_cache(maxsize=256)
+def _rounds_above(high: int) -> tuple[float, bool]:
+    """Return the least product that float32 and then ``round`` take above ``high``.
+
+    It is a bound in float64, and whether it is above ``high`` itself.
+    """
+    limit = np.float32(high + 0.5)
     if high % 2 == 0:  # half to even: high + 0.5 rounds to high, which is inside
         limit = np.nextafter(limit, np.float32(np.inf))
-    with np.errstate(over="ignore"):
-        x = np.float32(float(limit) / float(inverse))
-        while x * inverse >= limit:
-            x = np.nextafter(x, np.float32(0))
-        while x * inverse < limit:
-            x = np.nextafter(x, np.float32(np.inf))
-    return float(x)
+    before = np.nextafter(limit, np.float32(0))
+    return (float(limit) + float(before)) / 2, int(limit.view(np.int32)) % 2 == 0
 
 
 def reciprocal(scale: float) -> float:

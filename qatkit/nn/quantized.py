@@ -133,6 +133,11 @@ class QuantizedWeight(QuantizedInput):
         return own_scales and grid and spec.observer != "fixed"
 
     @property
+    def reads_its_parameter(self) -> bool:
+        """Whether the weight quantizer gets the parameter itself, not what a fold makes of it."""
+        return not self._batch_norm or self.fold_cancels
+
+    @property
     def output_axis(self) -> int:
         """The axis of the weight that runs over output channels."""
         return 0
@@ -150,7 +155,7 @@ class QuantizedWeight(QuantizedInput):
 
     def weight_fold_scale(self) -> Tensor | None:
         """Return s, shaped for the weight, or ``None`` if there is no fold or it cancels."""
-        if not self._batch_norm or self.fold_cancels:
+        if self.reads_its_parameter:
             return None
         norm: Any = self._batch_norm[0]
         gamma = None if norm.weight is None else whole(norm.weight.detach())

@@ -12,7 +12,7 @@ from qatkit.observers.learned import (
     range_of,
     to_parameters,
 )
-from qatkit.observers.memory import is_empty, update
+from qatkit.observers.memory import is_empty, update, update_numbers
 from qatkit.observers.observer import Observer, Range
 from qatkit.observers.registry import OBSERVERS
 from qatkit.observers.starts import start
@@ -39,6 +39,7 @@ __all__ = [
     "to_parameters",
     "translated",
     "update",
+    "update_numbers",
 ]
 
 

@@ -45,6 +45,9 @@ def update(
     """
     old_min, old_max, count = state
     if kernels.is_eager_cpu(old_min):
+        if old_min.dim() == 0:
+            update_numbers(rule, state, (new[0].item(), new[1].item()), spec)
+            return
         views = [tensor.detach().numpy() for tensor in (*state, *new)]
         low, high = rule(views[0], views[1], np.float32(views[2]), views[3], views[4], spec)
         views[0][...], views[1][...] = low, high
@@ -54,6 +57,26 @@ def update(
     old_min.copy_(low)
     old_max.copy_(high)
     count.add_(1)
+
+
+def update_numbers(
+    rule: Remember, state: tuple[Tensor, Tensor, Tensor], new: tuple[float, float], spec: QuantSpec
+) -> tuple[float, float]:
+    """Do the same for one range on the CPU, and return the one that is remembered now.
+
+    Args:
+        rule: one of the rules of this file.
+        state: buffers ``(min, max, count)``: () float32 twice, () int64.
+        new: the range of one batch, two numbers of float32.
+        spec: the spec of the quantizer.
+    """
+    old_min, old_max, count = (np.float32(each.item()) for each in state)
+    ends = rule(old_min, old_max, count, np.float32(new[0]), np.float32(new[1]), spec)
+    low, high = float(ends[0]), float(ends[1])
+    state[0].fill_(low)
+    state[1].fill_(high)
+    state[2].add_(1)
+    return low, high
 
 
 def is_empty(min_val: Array, max_val: Array) -> Array:
@@ -143,8 +166,10 @@ _Pair = tuple[Array, Array]
 
 
 def _unless_empty(old: _Pair, count: Array, new: _Pair, joined: _Pair) -> _Pair:
-    where = _library(old[0]).where
     first, skip = (count == 0) | is_empty(*old), is_empty(*new)
+    if isinstance(old[0], np.float32):  # one number, which NumPy's functions are slow on
+        return old if skip else new if first else joined
+    where = _library(old[0]).where
     low, high = (
         where(skip, before, where(first, now, both))
         for before, now, both in zip(old, new, joined, strict=True)

@@ -1,0 +1,159 @@
+"""The short way of the common quantizers gives what the general one gives, bit by bit."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from qatkit import QuantSpec
+from qatkit.kernels import cpu, portable
+from qatkit.plain_numbers import knows_activation, knows_weight, scale_of, scales_of
+from qatkit.quantizer import TensorQuantizer
+
+WEIGHT = QuantSpec(axis=0, observer="minmax", narrow_range=True, memory="latest")
+ACTIVATIONS = [
+    QuantSpec(),
+    QuantSpec(percentile=2.0),
+    QuantSpec(percentile=0.0, num_bits=4),
+    QuantSpec(signed=False, num_bits=7, observer="ema"),
+    QuantSpec(observer="minmax"),
+    QuantSpec(observer="average", narrow_range=True),
+]
+
+
+def general(quantizer: TensorQuantizer) -> TensorQuantizer:
+    """Keep the quantizer from taking the short way."""
+    quantizer._is_plain = lambda x: False  # type: ignore[method-assign]
+    return quantizer
+
+
+def run(quantizer: TensorQuantizer, tensors: list[Tensor]) -> list[Tensor]:
+    """Return values, gradients and state after each of some training steps, one frozen, one eval."""
+    results = []
+    for step, tensor in enumerate([*tensors, tensors[0], tensors[1]]):
+        if step == len(tensors):
+            quantizer.observe = "never"
+        if step == len(tensors) + 1:
+            quantizer.eval()
+        x = tensor.clone().requires_grad_()
+        y = quantizer(x)
+        y.backward(torch.linspace(-1, 1, y.numel()).reshape(y.shape))
+        state = (quantizer.min_val, quantizer.max_val, quantizer.num_batches)
+        results += [y.detach(), x.grad, *(each.clone() for each in state)]
+    return results
+
+
+def same(one: list[Tensor], other: list[Tensor]) -> bool:
+    """Tell whether all are equal, NaN too."""
+    return all(
+        torch.equal(a.nan_to_num(1.5), b.nan_to_num(1.5)) for a, b in zip(one, other, strict=True)
+    )
+
+
+def tensors(shape: tuple[int, ...]) -> list[Tensor]:
+    """Return tensors of all sorts."""
+    torch.manual_seed(0)
+    x = torch.randn(shape)
+    hole = x.clone()
+    hole.view(-1)[3] = math.nan
+    infinite = x.relu()
+    infinite.view(-1)[5] = math.inf
+    return [x, x.relu() * 3, x * 1e-30, x - 9, hole, infinite, torch.zeros(shape), x * 1e38]
+
+
+@pytest.mark.parametrize("spec", ACTIVATIONS, ids=str)
+@pytest.mark.parametrize("shape", [(2, 3, 5, 7), (4, 8, 64, 64), (3, 7, 41, 43)])
+def test_activation(spec: QuantSpec, shape: tuple[int, ...]) -> None:
+    assert knows_activation(spec)
+    data = tensors(shape)
+    assert same(run(TensorQuantizer(spec), data), run(general(TensorQuantizer(spec)), data))
+
+
+@pytest.mark.parametrize("shape", [(6, 3, 3, 3), (32, 1, 3, 3), (300, 400)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_weight(shape: tuple[int, ...], layout: torch.memory_format) -> None:
+    assert knows_weight(WEIGHT)
+    data = [
+        x.contiguous(memory_format=layout) if x.dim() == 4 else x
+        for x in tensors(shape)
+        if bool(torch.isfinite(x).all()) and x.abs().max() < 1e20
+    ]
+    data[1][2] = 0.0  # a dead channel
+    data[0][:1] *= 1.5  # outside its frozen range afterwards
+    made = [TensorQuantizer(WEIGHT, shape[0]) for _ in range(2)]
+    assert same(run(made[0], data), run(general(made[1]), data))
+
+
+def test_few_rows_outside_a_frozen_range() -> None:
+    torch.manual_seed(0)
+    w = torch.randn(64, 32, 6, 6).to(memory_format=torch.channels_last)
+    scale = w.abs().amax((1, 2, 3)) / 127
+    for factor in (1.0, 1.5):
+        w[5] *= factor
+        one, other = (w.clone().requires_grad_() for _ in range(2))
+        grad = torch.randn_like(w)
+        fast = cpu.fake_quantize(one, scale, 0, -127, 127, 0)
+        slow = portable.fake_quantize(other, scale, 0, -127, 127, 0)
+        fast.backward(grad)
+        slow.backward(grad)
+        assert torch.equal(fast, slow)
+        assert torch.equal(one.grad, other.grad)
+        assert fast.stride() == w.stride()
+    assert int((one.grad == 0).sum()) > 0
+
+
+@pytest.mark.parametrize("bounds", [(0.0, math.inf), (0.0, 6.0), (0.0, 0.5)])
+@pytest.mark.parametrize("percentile", [0.0, 0.01, 5.0])
+@pytest.mark.parametrize("size", [(50,), (64, 1000), (7, 9999)])
+def test_range_of_a_clipped_row(
+    bounds: tuple[float, float], percentile: float, size: tuple[int, ...]
+) -> None:
+    torch.manual_seed(0)
+    for x in (torch.randn(size) * 4, torch.randn(size) - 2, torch.rand(size) + 0.1):
+        row = x.flatten()
+        expected = portable.shrink(row.clamp(*bounds)[None], percentile)
+        found = cpu.shrink_row(row, percentile, bounds)
+        if found is None:  # constant
+            assert expected[0] == expected[1]
+        else:
+            assert found == (expected[0].item(), expected[1].item())
+
+
+@pytest.mark.parametrize("bounds", [(0.0, math.inf), (0.0, 6.0)])
+def test_clipping_and_quantizing_are_one_operation(bounds: tuple[float, float]) -> None:
+    torch.manual_seed(0)
+    data = torch.randn(4, 8, 33, 33) * 4
+    data.view(-1)[:3] = torch.tensor([0.0, 6.0, -0.0])
+    one, other = TensorQuantizer(QuantSpec()), TensorQuantizer(QuantSpec())
+    for step in range(3):
+        x, z = (data.clone().mul_(1 + step).requires_grad_() for _ in range(2))
+        fused = one.quantize_clipped_ahead(x, bounds)
+        assert fused is not None
+        assert one(fused) is fused  # the layer behind it leaves it alone, once
+        clipped = functional.relu(z) if bounds[1] == math.inf else functional.relu6(z)
+        plain = other(clipped)
+        grad = torch.randn(plain.shape)
+        fused.backward(grad)
+        plain.backward(grad)
+        assert torch.equal(fused, plain)
+        assert torch.equal(x.grad, z.grad)
+        assert torch.equal(one.max_val, other.max_val)
+        assert one.num_batches == other.num_batches == step + 1
+
+
+def test_scales_like_the_general_ones() -> None:
+    low, high = torch.tensor([-1.0, 0.0, -1e-44]), torch.tensor([0.5, 0.0, 1e-44])
+    assert scales_of(low, high, 127).tolist() == [scale_of(-1, 0.5, WEIGHT), 1.0, 1.0]
+    assert scales_of(low, torch.tensor([0.5, math.nan, 0.0]), 127) is None
+    assert scales_of(low, torch.tensor([0.5, math.inf, 0.0]), 127) is None
+
+
+def test_a_subclass_of_module_keeps_its_hooks() -> None:
+    quantizer, seen = TensorQuantizer(WEIGHT, 4), []
+    quantizer.register_forward_hook(lambda *_: seen.append(1))
+    quantizer(nn.Linear(3, 4).weight)
+    assert seen == [1]
