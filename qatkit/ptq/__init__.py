@@ -5,7 +5,7 @@ from __future__ import annotations
 from qatkit.ptq.absorb import absorb_high_bias
 from qatkit.ptq.bias_correction import correct_bias
 from qatkit.ptq.equalize import equalize
-from qatkit.ptq.gptq import RoundedLayer, RoundingReport, gptq
+from qatkit.ptq.gptq import gptq
 from qatkit.ptq.migrate import migrate_scales
 from qatkit.ptq.pipeline import quantize
 from qatkit.ptq.reconstruction import reconstruct
@@ -16,8 +16,6 @@ from qatkit.ptq.weight_ranges import fit_weight_ranges
 __all__ = [
     "Change",
     "PtqReport",
-    "RoundedLayer",
-    "RoundingReport",
     "absorb_high_bias",
     "correct_bias",
     "equalize",

@@ -2,62 +2,27 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qatkit.batches import BatchReader, device_of, to_device
 from qatkit.errors import QatkitError
-from qatkit.graph.plan import table
 from qatkit.kernels.portable import along
-from qatkit.modes import select_quantizers, training_flags
+from qatkit.modes import training_flags
 from qatkit.nn import QuantConv1d, QuantConv2d, QuantLinear
 from qatkit.nn.quantized import QuantizedWeight
+from qatkit.ptq.report import Change, PtqReport
+from qatkit.ptq.runs import Runs
 
 _POSITIONS = 64
 """So many places of an image tell what a convolution reads."""
 
 _CELL = 0.45
 """In steps: how far from the middle of its cell a weight may stay, so that it rounds as decided."""
-
-
-class RoundedLayer(NamedTuple):
-    """One layer; errors are those of the output, relative to the output (root of the squares).
-
-    Attributes:
-        path: where it is.
-        before: the error of rounding each weight to the nearest code.
-        after: the error of the codes that were chosen.
-    """
-
-    path: str
-    before: float
-    after: float
-
-
-@dataclass(frozen=True)
-class RoundingReport:
-    """What `gptq` did; print it.
-
-    Attributes:
-        layers: each layer that was rounded, in the order of their calls.
-        samples: how many samples of the data were used.
-    """
-
-    layers: tuple[RoundedLayer, ...]
-    samples: int
-
-    def __str__(self) -> str:
-        """Return a table with a line for each layer."""
-        rows = [("layer", "error before", "after")]
-        rows += [(path, f"{before:.2%}", f"{after:.2%}") for path, before, after in self.layers]
-        head = f"{len(self.layers)} layers rounded on {self.samples} samples"
-        return "\n".join([head, "", *table(rows)])
 
 
 def gptq(
@@ -67,7 +32,7 @@ def gptq(
     batches: int | None = None,
     bits_below: int = 8,
     damping: float = 0.01,
-) -> RoundingReport:
+) -> PtqReport:
     r"""Choose the codes of the weights by what they do to the outputs of their layers.
 
     Layer by layer, in the order of their calls, each reading what the layers before it, already
@@ -84,13 +49,14 @@ def gptq(
     Args:
         model: a prepared and calibrated model.
         data: yields batches, as for `qatkit.calibrate`; it is gone through once for each layer, so
-            that it is kept in memory. A few hundred samples do.
+            that it is kept in memory. A thousand samples do.
         batches: use only so many; ``None`` for all.
         bits_below: leave weights of so many bits, or more, alone.
         damping: what is added to the diagonal, as a share of its mean.
 
     Returns:
-        a `RoundingReport`; print it.
+        for each layer the error of its output relative to the output (root of the squares): of
+        rounding each weight to the nearest code, and of the codes that were chosen.
 
     Raises:
         QatkitError: the model has no quantizers, the data has no batches, or ``damping`` is not
@@ -104,61 +70,41 @@ def gptq(
     >>> net = prepare(net, x, QuantConfig(weight=WEIGHT.replace(num_bits=3)))
     >>> _ = calibrate(net, [x], progress=False)
     >>> report = gptq(net, [x])
-    >>> report.layers[0].after <= report.layers[0].before
+    >>> report.changes[0].after <= report.changes[0].before
     True
     """
-    select_quantizers(model, "*", "gptq")
+    runs = Runs.read(model, data, batches, "gptq")
     if not damping > 0:
         raise QatkitError(f"gptq(damping={damping!r}): give a positive share, such as 0.01")
-    calls = _arguments(model, data, batches)
-    samples = sum(_size(args, kwargs) for args, kwargs in calls)
     with training_flags(model.modules(), False), torch.no_grad():
-        layers = [
-            RoundedLayer(path, *_round(layer, _hessian(model, layer, calls), damping))
-            for path, layer in _in_order(model, calls[0], bits_below)
+        changes = [
+            Change(path, *_round(layer, _hessian(runs, layer, calls), damping))
+            for path, layer, calls in _in_order(runs, bits_below)
         ]
-    return RoundingReport(tuple(layers), samples)
+    return PtqReport("gptq", "error of the output relative to the output", tuple(changes))
 
 
-def _arguments(model: nn.Module, data: Iterable[Any], limit: int | None) -> list[Any]:
-    reader, device = BatchReader(model), device_of(model)
-    chosen = itertools.islice(data, limit)
-    calls = [to_device(reader.arguments(batch, i), device) for i, batch in enumerate(chosen)]
-    if not calls:
-        raise QatkitError("gptq: the data has no batches; give a fresh iterator")
-    return calls
+def _in_order(runs: Runs, bits_below: int) -> list[tuple[str, QuantizedWeight, int]]:
+    """Return path, layer and number of calls of what to round, in the order of the first calls."""
+    calls: dict[tuple[str, QuantizedWeight], int] = {}
+    with ExitStack() as stack:
+        for path, layer in runs.model.named_modules():
+            if not isinstance(layer, QuantConv1d | QuantConv2d | QuantLinear):
+                continue
+            quantizer = layer.weight_quantizer
+            if not quantizer.quantize or quantizer.spec.num_bits >= bits_below:
+                continue
+
+            def note(called: nn.Module, given: Any, path: str = path) -> None:
+                assert isinstance(called, QuantizedWeight)
+                calls[path, called] = calls.get((path, called), 0) + 1
+
+            stack.callback(layer.register_forward_pre_hook(note).remove)
+        runs.run(0)
+    return [(path, layer, count) for (path, layer), count in calls.items()]
 
 
-def _size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    given = [one for one in (*args, *kwargs.values()) if isinstance(one, Tensor) and one.dim()]
-    return given[0].shape[0] if given else 1
-
-
-def _in_order(model: nn.Module, call: Any, bits_below: int) -> list[tuple[str, QuantizedWeight]]:
-    """Return the layers to round by path, in the order of their first calls."""
-    order: dict[str, QuantizedWeight] = {}
-    handles = []
-    for path, layer in model.named_modules():
-        if not isinstance(layer, QuantConv1d | QuantConv2d | QuantLinear):
-            continue
-        quantizer = layer.weight_quantizer
-        if not quantizer.quantize or quantizer.spec.num_bits >= bits_below:
-            continue
-
-        def note(called: nn.Module, given: Any, path: str = path) -> None:
-            assert isinstance(called, QuantizedWeight)
-            order.setdefault(path, called)
-
-        handles.append(layer.register_forward_pre_hook(note))
-    try:
-        model(*call[0], **call[1])
-    finally:
-        for handle in handles:
-            handle.remove()
-    return list(order.items())
-
-
-def _hessian(model: nn.Module, layer: QuantizedWeight, calls: list[Any]) -> Tensor:
+def _hessian(runs: Runs, layer: QuantizedWeight, calls: int) -> Tensor:
     """Return ``X X^T`` of what a layer reads: (groups, K, K) float64."""
     total: list[Tensor] = []
 
@@ -169,8 +115,7 @@ def _hessian(model: nn.Module, layer: QuantizedWeight, calls: list[Any]) -> Tens
 
     handle = layer.register_forward_pre_hook(add)
     try:
-        for args, kwargs in calls:
-            model(*args, **kwargs)
+        runs.until(layer, calls)
     finally:
         handle.remove()
     return total[0]

@@ -7,6 +7,7 @@ from torch import nn
 from qatkit.copying import deepcopy
 from qatkit.errors import QatkitError, QatkitTypeError
 from qatkit.modes import disable_quantization, quantizers
+from qatkit.quantizer import TensorQuantizer
 
 
 def reference_of(model: nn.Module, reference: nn.Module | None, where: str) -> nn.Module:
@@ -24,7 +25,11 @@ def reference_of(model: nn.Module, reference: nn.Module | None, where: str) -> n
         disable_quantization(twin).apply()
     if reference is not None:
         known = {path for path, _ in twin.named_modules()}
-        own = [path for path, module in model.named_modules() if module._parameters]
+        own = [
+            path
+            for path, module in model.named_modules()
+            if module._parameters and not isinstance(module, TensorQuantizer)  # a learned range
+        ]
         missing = [path for path in own if path not in known]
         if missing:
             raise QatkitError(

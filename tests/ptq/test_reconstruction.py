@@ -178,6 +178,14 @@ def test_the_whole_model_against_another_float_model(net: nn.Module, images: lis
     assert report.changes[0].after < report.changes[0].before
 
 
+@ONE
+def test_a_float_reference_has_no_learned_ranges(net: nn.Module, images: list[Tensor]) -> None:
+    reference = copy.deepcopy(net)
+    prepared(net, images, QuantConfig(weight=WEIGHT.replace(observer="lsq", num_bits=3)))
+    report = reconstruct(net, images, reference=reference, steps=2, progress=False)
+    assert len(report.changes) == 5
+
+
 class Shared(nn.Module):
     """One layer called twice, a block with keyword arguments, a tuple, time before samples."""
 
@@ -292,6 +300,22 @@ def test_quantize(net: nn.Module, images: list[Tensor], tmp_path: Path) -> None:
     assert qatkit.export_onnx(net, images[0], tmp_path / "net.onnx").verify.ok
 
 
+@ALL
+def test_quantize_with_fine_activations_starts_from_gptq(
+    net: nn.Module, images: list[Tensor]
+) -> None:
+    with torch.no_grad():
+        wanted = [net(x) for x in images]
+    qatkit.prepare(net, images[0], QuantConfig(weight=WEIGHT.replace(num_bits=3)))
+    qatkit.calibrate(net, images, method="mse", progress=False)
+    before = logits_error(net, wanted, images)
+    reports = quantize(net, images, steps=20, progress=False)
+    assert [each.algorithm for each in reports] == ["fit_weight_ranges", "gptq", "reconstruct"]
+    # The blocks are compared with those of the float model, not with what gptq has made of them.
+    assert all(change.before > 0 for change in reports[-1].changes)
+    assert logits_error(net, wanted, images) < 0.7 * before
+
+
 @ONE
 def test_quantize_with_8_bits_only_calibrates(net: nn.Module, images: list[Tensor]) -> None:
     qatkit.prepare(net, images[0])
@@ -301,6 +325,24 @@ def test_quantize_with_8_bits_only_calibrates(net: nn.Module, images: list[Tenso
     assert all(q.has_range for q in net.modules() if isinstance(q, qatkit.TensorQuantizer))
     with pytest.raises(QatkitError, match="steps=0"):
         quantize(net, images, steps=0)
+
+
+@ONE
+def test_quantize_by_any_calibrator(net: nn.Module, images: list[Tensor]) -> None:
+    qatkit.prepare(net, images[0])
+    ranges = []
+    for method in ("max", "two-pointer"):
+        assert quantize(net, images, method=method, progress=False) == ()
+        found = {
+            path: (float(quantizer.range[0].min()), float(quantizer.range[1].max()))
+            for path, quantizer in qatkit.modes.quantizers(net)
+        }
+        report = qatkit.calibrate(net, images, method=method, progress=False)
+        assert found == {path: (low, high) for path, low, high, _ in report.ranges}
+        ranges.append(found["layers.1.conv1.input_quantizer"][1])
+    assert ranges[0] > ranges[1]
+    with pytest.raises(QatkitError, match=r"'entropi'\): unknown method, .*entropy"):
+        quantize(net, images, method="entropi")
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
