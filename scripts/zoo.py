@@ -33,7 +33,7 @@ import onnx
 import onnxruntime
 import torch
 import torchvision
-from bench_step import MALLOC
+from benchmarks.measuring import MALLOC
 from zoo_models import list_models
 from zoo_row import PHASES, Row, run
 

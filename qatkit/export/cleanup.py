@@ -83,14 +83,12 @@ def batch_norm_to_affine(model: ModelProto) -> None:
 def remove_unused(graph: GraphProto) -> None:
     """Remove initializers that nothing reads, and constants likewise, in place."""
     used = {value.name for value in graph.output} | _names_read(graph)
-    kept_nodes = [
-        node for node in graph.node if node.op_type != "Constant" or node.output[0] in used
-    ]
-    kept = [tensor for tensor in graph.initializer if tensor.name in used]
-    del graph.node[:]
-    graph.node.extend(kept_nodes)
-    del graph.initializer[:]
-    graph.initializer.extend(kept)
+    for i in reversed(range(len(graph.node))):
+        if graph.node[i].op_type == "Constant" and graph.node[i].output[0] not in used:
+            del graph.node[i]
+    for i in reversed(range(len(graph.initializer))):  # to extend a list would copy the weights
+        if graph.initializer[i].name not in used:
+            del graph.initializer[i]
 
 
 def _names_read(graph: GraphProto) -> set[str]:

@@ -9,12 +9,12 @@ import numpy as np
 
 from qatkit.errors import QatkitError
 from qatkit.export.half_precision import half_scale
-from qatkit.export.onnx_runtime import Array
+from qatkit.export.onnx_file import Array, OnnxFile
 from qatkit.export.qdq import SUFFIX_DQ
 from qatkit.export.verify_report import QuantizerCheck
 
 if TYPE_CHECKING:
-    from onnx import ModelProto, NodeProto
+    from onnx import NodeProto
 
 FOUR_BITS = {"int4": (-8, 7), "uint4": (0, 15)}
 """The ends of the types that NumPy does not have, by the names that ml_dtypes gives them."""
@@ -27,12 +27,13 @@ class Constants:
     """The constants of a file by name.
 
     Args:
-        proto: the file.
+        file: the file.
     """
 
-    def __init__(self, proto: ModelProto) -> None:
+    def __init__(self, file: OnnxFile) -> None:
         """Index the file."""
-        self._tensors = {tensor.name: tensor for tensor in proto.graph.initializer}
+        self._file = file
+        self._tensors = {tensor.name: tensor for tensor in file.model.graph.initializer}
 
     def __contains__(self, name: str) -> bool:
         """Tell whether there is such a constant."""
@@ -40,14 +41,12 @@ class Constants:
 
     def __getitem__(self, name: str) -> Array:
         """Return its values."""
-        from onnx import numpy_helper
-
         if name not in self._tensors:
             raise QatkitError(
                 f"{name}: is not a constant, so export_onnx did not write the file; "
                 "verify a file of export_onnx"
             )
-        return numpy_helper.to_array(self._tensors[name])
+        return self._file.array(self._tensors[name])
 
 
 def compare_codes(
@@ -105,11 +104,13 @@ def _ends(kind: np.dtype[Any]) -> tuple[int, int]:
 
 def _gap(found: Array, expected: Array, step: Array, scale: Array, zero: Array) -> Array:
     """Return by how many steps codes, or what a DequantizeLinear makes of them, are off."""
-    result = (found.astype(np.float64) - zero) * scale / step.astype(np.float64)
     wide = expected.astype(np.int64)
+    gap = np.abs(found.astype(np.int64) - zero - wide)
+    if np.all((scale == step) & (scale > 0) & (scale < np.inf)):
+        return gap
+    result = (found.astype(np.float64) - zero) * scale / step.astype(np.float64)
     steps = np.rint(np.clip(np.nan_to_num(result, nan=1e9), -1e9, 1e9))
-    centered = found.astype(np.int64) - zero
-    return np.maximum(np.abs(centered - wide), np.abs(steps - wide))
+    return np.maximum(gap, np.abs(steps - wide))
 
 
 def _parts(array: Array) -> Iterator[Any]:

@@ -73,9 +73,12 @@ def _marker_schema(types: dict[str, type], inputs: list[str]) -> Any:
         OPERATOR,
         DOMAIN,
         1,
-        inputs=[OpSchema.FormalParameter(name, "T") for name in inputs],
-        outputs=[OpSchema.FormalParameter("y", "T")],
-        type_constraints=[("T", ["tensor(float)"], "")],
+        inputs=[OpSchema.FormalParameter(name, f"T_{name}") for name in inputs],
+        outputs=[OpSchema.FormalParameter("y", "T_scale")],
+        type_constraints=[
+            ("T_x", ["tensor(float)", "tensor(int8)"], ""),
+            ("T_scale", ["tensor(float)"], ""),
+        ],
         attributes=[
             OpSchema.Attribute(name, kinds.get(kind, OpSchema.AttrType.FLOAT), "", required=True)
             for name, kind in types.items()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,13 +16,15 @@ from qatkit.errors import MissingExtraError, QatkitError
 from qatkit.export.biases import set_biases_apart
 from qatkit.export.cleanup import batch_norm_to_affine, remove_identities, remove_unused
 from qatkit.export.constant_folding import fold_constants
-from qatkit.export.file_size import too_large
 from qatkit.export.float16 import FIRST_OPSET, to_float16
+from qatkit.export.float_weights import store_as_float
 from qatkit.export.four_bits import FIRST_OPSET as FIRST_INT4_OPSET
 from qatkit.export.four_bits import count_simulated, specs_of, to_four_bits
+from qatkit.export.graph_editor import without_weights
 from qatkit.export.inputs import to_cpu_float32
 from qatkit.export.lint import lint_onnx
 from qatkit.export.lowering import lower
+from qatkit.export.onnx_file import write_model
 from qatkit.export.opset_conversion import convert_opset
 from qatkit.export.pads import absorb_pads
 from qatkit.export.plain_forms import PlainForms
@@ -117,8 +120,9 @@ def export_onnx(
                 opset=opset,
                 dynamic_batch=dynamic_batch,
             )
+        del lowered
         fold_constants(proto)
-        insert_qdq(proto, int8_weights=weights == "int8")
+        insert_qdq(proto)
         convert_opset(proto, opset)
         set_biases_apart(proto.graph, engine.bias_apart)
         _clean_up(proto)
@@ -126,22 +130,23 @@ def export_onnx(
             to_float16(proto)
         if opset >= FIRST_INT4_OPSET:
             to_four_bits(proto, specs)
-        data = _finish(proto, opset)
-        temporary.write_bytes(data)
+        _write(proto, opset, temporary, as_float=weights == "float")
+        kinds = Counter(node.op_type for node in proto.graph.node)
+        simulated = count_simulated(proto, specs)
+        del proto
         findings = tuple(lint_onnx(temporary, engine)) if lint else ()
         report = verify_onnx(temporary, model, example_inputs) if verify else None
     if report is not None and not report.ok:
         _log.warning("%s: %s", os.fspath(path), report)
-    kinds = [node.op_type for node in proto.graph.node]
     return ExportReport(
         path=Path(path),
         opset=opset,
         front_end=exporter.name,
         precision=precision,
         size_bytes=Path(path).stat().st_size,
-        quantize_nodes=kinds.count("QuantizeLinear"),
-        dequantize_nodes=kinds.count("DequantizeLinear"),
-        simulated=count_simulated(proto, specs),
+        quantize_nodes=kinds["QuantizeLinear"],
+        dequantize_nodes=kinds["DequantizeLinear"],
+        simulated=simulated,
         findings=findings,
         linted=lint,
         verify=report,
@@ -185,20 +190,13 @@ def _clean_up(proto: ModelProto) -> None:
     remove_unused(proto.graph)
 
 
-def _finish(proto: ModelProto, opset: int) -> bytes:
-    """Set the versions, check what must hold, and return the file."""
+def _write(proto: ModelProto, opset: int, path: Path, *, as_float: bool) -> None:
+    """Set the versions, check what must hold, and write the file."""
     import onnx
 
+    values = store_as_float(proto) if as_float else {}
     remove_unused(proto.graph)
     proto.ir_version = _IR_VERSIONS[opset]
     proto.producer_name, proto.producer_version = "qatkit", __version__
-    data = _serialized(proto)
-    onnx.checker.check_model(proto)
-    return data
-
-
-def _serialized(proto: ModelProto) -> bytes:
-    try:
-        return bytes(proto.SerializeToString())
-    except Exception as error:  # protobuf's, of a different class in every version
-        raise too_large("the file", error) from None
+    onnx.checker.check_model(without_weights(proto, values))
+    write_model(proto, path, values)

@@ -31,10 +31,7 @@ FIRST_OPSET = 19
 
 
 def to_float16(model: ModelProto) -> None:
-    """Rewrite a Q/DQ file in float16, in place; the int8 codes of its weights stay the same.
-
-    A float weight is put on the grid of the new scale: ``code * scale`` in float16 is at most
-    ``128 * 2**-11 = 1/16`` of a step away from it, so that it gives the same code.
+    """Rewrite a Q/DQ file in float16, in place; the codes of its weights stay the same.
 
     Args:
         model: opset 19 or more, without local functions and batch norms.
@@ -56,11 +53,6 @@ class _Pass:
         self._types = infer_types(model)
         self._constants = {one.name: numpy_helper.to_array(one) for one in model.graph.initializer}
         self._regions = Regions(model, self._types, self._constants)
-        self._weights = {
-            node.input[0]: node
-            for node in model.graph.node
-            if node.op_type == "QuantizeLinear" and node.input[0] in self._constants
-        }
         self._scales = {node.input[1] for node in model.graph.node if node.op_type in QUANTIZING}
         self._outputs = {one.name for one in model.graph.output}
         self._names: dict[tuple[str, str], str] = {}
@@ -133,12 +125,6 @@ class _Pass:
     def _half(self, name: str, array: Any) -> Any:
         if name in self._scales:
             return half_scale(array)
-        if name in self._weights:
-            q = self._weights[name]
-            scale, axis = self._constants[q.input[1]], attributes_of(q)["axis"]
-            shape = [-1 if scale.ndim and d == axis else 1 for d in range(array.ndim)]
-            codes = np.rint(array / scale.reshape(shape))
-            return (codes * half_scale(scale).reshape(shape).astype(np.float64)).astype(np.float16)
         half = half_constant(array)
         if half is None:
             raise QatkitError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -66,7 +66,7 @@ def infer_types(model: ModelProto, *, strict: bool = False) -> dict[str, TypePro
 
     try:
         inferred = shape_inference.infer_shapes(
-            _without_weights(model), check_type=strict, strict_mode=strict, data_prop=True
+            without_weights(model), check_type=strict, strict_mode=strict, data_prop=True
         )
     except Exception as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
@@ -83,8 +83,13 @@ def infer_types(model: ModelProto, *, strict: bool = False) -> dict[str, TypePro
     return types
 
 
-def _without_weights(model: ModelProto) -> ModelProto:
-    """Return a copy whose large constants are inputs: types and shapes do not need their values."""
+def without_weights(model: ModelProto, missing: Container[str] = ()) -> ModelProto:
+    """Return a copy whose large constants are inputs: types and shapes do not need their values.
+
+    Args:
+        model: the file.
+        missing: names of constants of any size that have no value yet.
+    """
     import onnx
     from onnx import helper
 
@@ -94,7 +99,7 @@ def _without_weights(model: ModelProto) -> ModelProto:
     light.graph.input.extend(graph.input)
     light.graph.value_info.extend(graph.value_info)
     for tensor in graph.initializer:
-        if math.prod(tensor.dims) <= _SMALL:
+        if math.prod(tensor.dims) <= _SMALL and tensor.name not in missing:
             light.graph.initializer.append(tensor)
         else:
             kind = helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)

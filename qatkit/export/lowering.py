@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from qatkit.backend import Backend
-from qatkit.copying import deepcopy
 from qatkit.errors import QatkitError, shorten
+from qatkit.export.light_copy import light_copy
 from qatkit.export.marker import Codes, Marker
 from qatkit.export.weights import FoldedLayer, fold_weight
 from qatkit.modes import quantizers
@@ -44,6 +44,8 @@ def lower(
 ) -> nn.Module:
     """Return the copy, in eval mode, float32, on the CPU.
 
+    Of a quantized weight it holds the codes as int8; the floats are those of ``model`` itself.
+
     Args:
         model: a prepared model.
         backend: the engine, for the types of the codes.
@@ -55,13 +57,12 @@ def lower(
             copied.
     """
     try:
-        lowered = deepcopy(model)
+        lowered = light_copy(model)
     except Exception as error:
         raise QatkitError(
             f"{type(model).__name__}: cannot be copied for export ({shorten(str(error))}); "
             "make copy.deepcopy(model) work"
         ) from None
-    lowered = lowered.eval().float().cpu()
     _name_quantizers(lowered)
     _observe_computed_weights(lowered, args, kwargs or {})
     for weight, norm in quantized_weights(lowered):
@@ -112,14 +113,16 @@ def _replace_weight(model: nn.Module, weight: Weight, folded: FoldedLayer) -> No
         _remove(model, folded.batch_norm)
     if weight.layer is not None:
         weight.layer._batch_norm = ()
-        weight.layer.weight = nn.Parameter(folded.weight, requires_grad=False)
+        if folded.weight is not None:
+            weight.layer.weight = nn.Parameter(folded.weight, requires_grad=False)
         bias = None if folded.bias is None else nn.Parameter(folded.bias, requires_grad=False)
         weight.layer.bias = bias
     stand_in: nn.Module = nn.Identity()
-    if folded.scale is not None:
+    if folded.codes is not None and folded.scale is not None:
         spec = quantizer.spec
         codes = Codes(spec.quant_min, spec.quant_max)
-        stand_in = Marker(quantizer.name, folded.scale, codes, folded.axis)
+        stored = folded.codes.to(torch.int8)
+        stand_in = Marker(quantizer.name, folded.scale, codes, folded.axis, stored)
     owner._modules[quantizer_of(weight.name)] = stand_in
 
 

@@ -34,24 +34,22 @@ class _Mark:
         return np.float32(code - self.codes.zero_point) * self.scale
 
 
-def insert_qdq(model: ModelProto, *, int8_weights: bool) -> None:
+def insert_qdq(model: ModelProto) -> None:
     """Replace every marker by Q and DQ, in place.
 
     Identities go first: the exporter makes them between layers with one weight.
     The same quantizer on the same tensor becomes one pair. A grid narrower than the type of its
-    codes gets a Clip in front of Q. A weight, or another constant, becomes float -> Q
-    -> DQ, or with ``int8_weights`` int8 -> DQ. A transpose of a quantized weight is done on the
-    weight.
+    codes gets a Clip in front of Q. A weight, or another constant, becomes int8 -> DQ. A transpose
+    of a quantized weight is done on the weight.
 
     Args:
         model: what the exporter wrote.
-        int8_weights: store the codes of the weights.
 
     Raises:
         QatkitError: a marker is inside a subgraph.
     """
     remove_identities(model.graph)
-    _Pass(model.graph, int8_weights).run()
+    _Pass(model.graph).run()
     for node in _all_nodes(model.graph):
         if node.domain == DOMAIN:
             raise QatkitError(
@@ -64,11 +62,10 @@ def insert_qdq(model: ModelProto, *, int8_weights: bool) -> None:
 
 
 class _Pass:
-    def __init__(self, graph: GraphProto, int8_weights: bool) -> None:
+    def __init__(self, graph: GraphProto) -> None:
         from onnx import numpy_helper
 
         self._graph = graph
-        self._int8_weights = int8_weights
         self._constants: dict[str, Any] = {i.name: i for i in graph.initializer}
         self._to_array = numpy_helper.to_array
         self._from_array = numpy_helper.from_array
@@ -185,7 +182,7 @@ class _Pass:
         return result
 
     def _weight(self, data: str, mark: _Mark, transpose: NodeProto | None) -> str:
-        """Emit a constant on its grid, by the arithmetic of `qatkit.functional.fake_quantize`."""
+        """Emit the codes of a constant; floats become codes as in `qatkit.functional`."""
         weight = self._to_array(self._constants[data])
         order: list[int] = []
         if transpose is not None:
@@ -195,18 +192,14 @@ class _Pass:
             mark = _Mark(mark.name, mark.scale, mark.codes, axis)
         base = self._base(mark.name)
         scale, zero = self._grid(base, mark)
-        shape = [-1 if d == mark.axis else 1 for d in range(weight.ndim)]
-        step = np.float32(mark.scale) if mark.axis is None else mark.scale.reshape(shape)
-        lowest, highest, center, unsigned = mark.codes
-        integers = np.clip(np.rint(weight * (1 / step)), lowest - center, highest - center)
-        if not self._int8_weights:
-            self._add_constant(f"{base}.weight", integers * step)
-            codes = self._node("QuantizeLinear", [f"{base}.weight", scale, zero], base, mark.axis)
-        else:
-            codes = f"{base}.codes"
-            stored = (integers + center).astype(np.uint8 if unsigned else np.int8)
-            self._add_constant(codes, stored)
-        result = self._node("DequantizeLinear", [codes, scale, zero], base, mark.axis)
+        if weight.dtype != np.int8:
+            shape = [-1 if d == mark.axis else 1 for d in range(weight.ndim)]
+            step = np.float32(mark.scale) if mark.axis is None else mark.scale.reshape(shape)
+            lowest, highest, center, unsigned = mark.codes
+            integers = np.clip(np.rint(weight * (1 / step)), lowest - center, highest - center)
+            weight = (integers + center).astype(np.uint8 if unsigned else np.int8)
+        self._add_constant(f"{base}.codes", weight)
+        result = self._node("DequantizeLinear", [f"{base}.codes", scale, zero], base, mark.axis)
         if transpose is not None:
             self._nodes[-1].doc_string = f"{_ORDER}{' '.join(map(str, order))}"
         return result

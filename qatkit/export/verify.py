@@ -12,20 +12,22 @@ import numpy as np
 import torch
 from torch import nn
 
-from qatkit.copying import deepcopy
 from qatkit.errors import QatkitError, shorten
 from qatkit.export.codes import Constants, compare_codes, quantized
 from qatkit.export.inputs import to_cpu_float32
+from qatkit.export.light_copy import light_copy
 from qatkit.export.lowering import quantized_weights
-from qatkit.export.onnx_runtime import Array, feeds_of, read_onnx, run_onnx
+from qatkit.export.onnx_file import OnnxFile
+from qatkit.export.onnx_runtime import Array, feeds_of, read_onnx
 from qatkit.export.qdq import SUFFIX_DQ, order_of, split_rows
 from qatkit.export.teacher_forcing import (
+    Call,
+    Forcing,
     Seen,
-    as_in_file,
-    call_of,
-    run_forced,
+    not_in_model,
+    quantizer_of,
     selects,
-    watch,
+    watched,
 )
 from qatkit.export.verify_report import QuantizerCheck, VerifyReport
 from qatkit.export.weights import fold_weight
@@ -45,7 +47,9 @@ def verify_onnx(path: str | os.PathLike[str], model: nn.Module, inputs: Any) -> 
     A float16 file is allowed the differences of float16, but for the codes of the weights. Graph
     optimizations are off. Each quantizer is compared by itself: ONNX Runtime gets the model's
     own quantized tensors as the inputs of every layer (teacher forcing), so that one rounding does
-    not spread. Then both run end to end.
+    not spread. Beside this both run end to end. The file runs in pieces while the model runs, its
+    weights are read when a piece needs them, and activations are forgotten when nothing needs them
+    any more: a small part of the model is in memory a second time.
 
     Args:
         path: the file.
@@ -61,34 +65,41 @@ def verify_onnx(path: str | os.PathLike[str], model: nn.Module, inputs: Any) -> 
     """
     require_module(model, "verify_onnx")
     require_whole(model, "verify_onnx", GATHER)
-    proto = read_onnx(path)
-    clone = deepcopy(model).eval().float().cpu()
+    file = read_onnx(path)
+    clone = light_copy(model)
     args, kwargs = split_inputs(inputs)
     args, kwargs = to_cpu_float32(args), to_cpu_float32(kwargs)
-    with torch.no_grad(), watch(clone) as seen, _one_line_errors(model):
-        outputs = [tensor.numpy() for tensor in tensors(clone(*args, **kwargs))]
-    seen = as_in_file(seen, proto)
-    feeds = feeds_of(proto, tensors((args, kwargs)), path)
-    forced = run_forced(proto, seen, feeds, path)
-    end_to_end = run_onnx(proto, feeds, path)
+    feeds = feeds_of(file.model, tensors((args, kwargs)), path)
+    forcing = Forcing(file, feeds, set())
+    outputs = _run(clone, args, kwargs, forcing)
+    if forcing.surplus:
+        forcing = Forcing(file, feeds, forcing.surplus)
+        outputs = _run(clone, args, kwargs, forcing)
+    end_to_end, forced = forcing.finish()
     if len(end_to_end) != len(outputs):
         raise QatkitError(
             f"{path}: has {len(end_to_end)} outputs and the model {len(outputs)}; "
             "verify with the model it was exported from"
         )
     difference = _Difference(outputs, end_to_end)
-    checks = (*forced.checks, *_constants(proto, clone, seen, path))
+    checks = (*forcing.checks, *_constants(file, clone, forcing.constants))
     compared = {split_rows(check.name.partition("#")[0])[0] for check in checks}
     return VerifyReport(
         quantizers=checks,
-        missing=tuple(name for name in seen if name not in compared),
+        missing=tuple(name for name in forcing.names if name not in compared),
         outputs=difference.count,
         max_difference=difference.largest,
         relative_difference=difference.relative,
-        last_layers=None if selects(proto) else _Difference(outputs, forced.outputs).relative,
+        last_layers=None if selects(file.model) else _Difference(outputs, forced).relative,
         top1_agreement=_top1_agreement(outputs, end_to_end),
-        precision=_precision(proto),
+        precision=_precision(file.model),
     )
+
+
+def _run(model: nn.Module, args: Any, kwargs: Any, forcing: Forcing) -> list[Array]:
+    """Return the outputs of the model, while ``forcing`` watches its quantizers."""
+    with torch.no_grad(), watched(model, forcing), _one_line_errors(model):
+        return [tensor.numpy() for tensor in tensors(model(*args, **kwargs))]
 
 
 @contextmanager
@@ -106,13 +117,12 @@ def _one_line_errors(model: nn.Module) -> Iterator[None]:
 
 
 def _constants(
-    proto: ModelProto, model: nn.Module, seen: dict[str, list[Seen]], path: Any
-) -> list[QuantizerCheck]:
+    file: OnnxFile, model: nn.Module, calls: dict[Call, Seen]
+) -> Iterator[QuantizerCheck]:
     """Compare the codes that an engine gets from each quantized constant with the model's."""
-    constants = Constants(proto)
+    proto, constants = file.model, Constants(file)
     weights = {pair[0].quantizer.name: pair for pair in quantized_weights(model)}
     quantizes = {q.output[0]: q for q in proto.graph.node if q.op_type == "QuantizeLinear"}
-    checks = []
     for node in proto.graph.node:
         if node.op_type != "DequantizeLinear":
             continue
@@ -124,7 +134,9 @@ def _constants(
         name, rows = split_rows(node.name.removesuffix(SUFFIX_DQ).partition("#")[0])
         weight = fold_weight(*weights[name]) if name in weights else None
         if weight is None or weight.codes is None or weight.scale is None:
-            call = call_of(node, seen, path)
+            call = calls.get(quantizer_of(node))
+            if call is None:
+                raise not_in_model(file, name)
             wanted, step = call.codes, np.broadcast_to(call.scale, call.codes.shape)
         else:
             wanted = weight.codes.numpy()
@@ -135,8 +147,7 @@ def _constants(
         if order is not None:
             wanted, step = wanted.transpose(order), step.transpose(order)
         check = compare_codes(node, codes, wanted, step, constants)
-        checks.append(dataclasses.replace(check, constant=True))
-    return checks
+        yield dataclasses.replace(check, constant=True)
 
 
 def _precision(proto: ModelProto) -> str:

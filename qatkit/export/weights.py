@@ -22,8 +22,8 @@ class FoldedLayer:
     """What a layer and its batch norm compute together.
 
     Attributes:
-        weight: float32 in the shape of the layer's weight; on the grid (``codes * scale``) if it is
-            quantized.
+        weight: float32 in the shape of the layer's weight, ``None`` if it is quantized: then it is
+            ``codes * scale``.
         bias: (C_out,) float32, ``None`` for none.
         codes: int32 in the shape of the weight, ``None`` for a float weight.
         scale: () or (C,) float32.
@@ -31,7 +31,7 @@ class FoldedLayer:
         batch_norm: the batch norm that is in it, ``None`` for none.
     """
 
-    weight: Tensor
+    weight: Tensor | None
     bias: Tensor | None
     codes: Tensor | None
     scale: Tensor | None
@@ -112,8 +112,7 @@ def _finish(
     alive = torch.isfinite(scale) & (scale >= SMALLEST_SCALE)
     scale = torch.where(alive, scale, 1.0)
     codes = codes * along(alive.to(torch.int32), codes, axis)
-    weight = codes.float() * along(scale, codes, axis)
-    return FoldedLayer(weight, bias, codes, scale, axis, norm)
+    return FoldedLayer(None, bias, codes, scale, axis, norm)
 
 
 def _fold_float(layer: QuantizedWeight, norm: nn.Module | None) -> tuple[Tensor, Tensor | None]:

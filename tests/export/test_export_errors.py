@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
 
@@ -161,11 +162,16 @@ def test_unwritable_directory(tmp_path):
 
 
 def test_a_full_disk_leaves_no_file(tmp_path, monkeypatch):
-    def write_bytes(self, data):
-        raise OSError(28, "No space left on device")
+    class Full(io.BytesIO):
+        def write(self, data):
+            raise OSError(28, "No space left on device")
 
+    def opened(path, mode="r", *args, **kwargs):
+        return Full() if "w" in mode else real(path, mode, *args, **kwargs)
+
+    real = Path.open
     model = ready(network())
-    monkeypatch.setattr(Path, "write_bytes", write_bytes)
+    monkeypatch.setattr(Path, "open", opened)
     fails(model, tmp_path / "a.onnx", "No space left on device")
 
 

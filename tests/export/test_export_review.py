@@ -12,7 +12,6 @@ from torch import nn
 import qatkit
 from qatkit import QatkitError, QuantConfig, QuantSpec
 from qatkit.config import WEIGHT
-from qatkit.export.exporter import _serialized
 from qatkit.export.inputs import batch_axes
 from qatkit.export.weights import fold_layer
 from qatkit.nn import QuantConv2d
@@ -249,15 +248,6 @@ def test_report_of_an_export_without_lint(pair, tmp_path):
     assert "not linted" in str(report)
     assert [str(finding) for finding in report.findings] == []
     assert "lint: 0 ERROR" in str(qatkit.export_onnx(pair[1], X, tmp_path / "b.onnx"))
-
-
-def test_file_over_the_limit_of_protobuf():
-    class Huge:
-        def SerializeToString(self):
-            raise ValueError("exceeds maximum protobuf size of 2GB")
-
-    with pytest.raises(QatkitError, match="export the model in parts"):
-        _serialized(Huge())
 
 
 def test_the_conversion_of_attention_of_the_user_is_kept(tmp_path):

@@ -14,6 +14,7 @@ from torch import nn
 import qatkit
 from qatkit import QatkitError
 from qatkit.export import codes
+from qatkit.export.onnx_file import OnnxFile
 
 X = torch.randn(4, 3, 8, 8)
 
@@ -194,7 +195,7 @@ def test_codes_are_compared_in_parts_as_at_once(shape, monkeypatch):
     found = np.clip(expected + off, -128, 127).astype(np.int8)
     step = scale.reshape([-1 if d == 1 else 1 for d in range(len(shape))]) if axis else scale
     given = (np.asarray(one) for one in (found, expected, step))
-    check = codes.compare_codes(dq, *given, codes.Constants(helper.make_model(graph)))
+    check = codes.compare_codes(dq, *given, codes.Constants(OnnxFile(helper.make_model(graph))))
     gap = np.abs(found.astype(int) - expected)
     assert check.codes == gap.size
     assert (check.differing, check.largest_step) == (np.count_nonzero(gap), gap.max(initial=0))

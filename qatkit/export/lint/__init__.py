@@ -113,14 +113,14 @@ def lint_onnx(
     """
     rules_of = backend if isinstance(backend, Backend) else get_backend(backend)
     checks = (*rules(), *_version_rules(rules_of, trt))
-    model, base_dir, where = load_for_lint(path)
+    file, where = load_for_lint(path)
     try:
-        view = open_view(model, base_dir)
+        view = open_view(file)
         found = [one for rule in checks for part in view.walk() for one in rule.run(part, rules_of)]
     except QatkitError as error:
         raise QatkitError(f"{where}: {error}") from None
     except Exception as error:
-        reason = malformed(model)
+        reason = malformed(file)
         if not reason:
             raise
         raise QatkitError(f"{where}: malformed graph ({reason}): write the file again") from error

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qatkit.errors import QatkitError, shorten
+from qatkit.export.onnx_file import OnnxFile
 
 if TYPE_CHECKING:
     from onnx import NodeProto, TensorProto
@@ -22,16 +23,17 @@ MAX_EVALUATED_SIZE = 1 << 22
 NOT_EVALUATED = frozenset({"QuantizeLinear", "DequantizeLinear"})
 
 
-def read_tensor(tensor: TensorProto, base_dir: str) -> Array:
+def read_tensor(tensor: TensorProto, file: OnnxFile) -> Array:
     """Return the value of an initializer.
 
     Raises:
         QatkitError: the value is damaged, or lies in an external data file that cannot be read.
     """
-    from onnx import TensorProto, numpy_helper
+    from onnx import TensorProto
 
     try:
-        return numpy_helper.to_array(tensor, base_dir)
+        found: Array = file.array(tensor)
+        return found
     except Exception as error:  # NumPy, protobuf and onnx errors share no base class
         if tensor.data_location == TensorProto.EXTERNAL:
             what = "external data not found or not readable"
@@ -41,11 +43,11 @@ def read_tensor(tensor: TensorProto, base_dir: str) -> Array:
         raise QatkitError(f"tensor {tensor.name!r}: {what}: {remedy}") from None
 
 
-def constant_node_value(raw: NodeProto, base_dir: str) -> Array | None:
+def constant_node_value(raw: NodeProto, file: OnnxFile) -> Array | None:
     """Return the value of a Constant node, ``None`` for text and sparse values."""
     for attribute in raw.attribute:
         if attribute.name == "value":
-            return read_tensor(attribute.t, base_dir)
+            return read_tensor(attribute.t, file)
         if attribute.name == "value_float":
             return np.asarray(attribute.f, dtype=np.float32)
         if attribute.name == "value_floats":

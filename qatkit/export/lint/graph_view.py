@@ -18,6 +18,7 @@ from qatkit.export.lint.constants import (
 )
 from qatkit.export.lint.shapes import Shape, infer_shapes, shape_of
 from qatkit.export.lint.subgraphs import captured, subgraphs
+from qatkit.export.onnx_file import OnnxFile
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto, TypeProto
@@ -97,7 +98,7 @@ class GraphView:
         model: the model the graph belongs to (for opset and IR version).
         graph: the graph to look at.
         inferred: the same graph with inferred shapes, or ``graph`` itself.
-        base_dir: folder of the file, where external tensor data lies.
+        file: what reads the data of tensors.
         parent: the view that holds the If, Loop or Scan node of this subgraph, ``None`` for the
             main graph.
         prefix: put in front of every node name.
@@ -108,7 +109,7 @@ class GraphView:
         model: ModelProto,
         graph: GraphProto,
         inferred: GraphProto,
-        base_dir: str = "",
+        file: OnnxFile,
         parent: GraphView | None = None,
         prefix: str = "",
     ) -> None:
@@ -117,7 +118,7 @@ class GraphView:
         self.name = prefix + (graph.name or "graph")
         self.inputs = tuple(value.name for value in graph.input)
         self.outputs = tuple(value.name for value in graph.output)
-        self._base_dir, self._inferred, self._prefix = base_dir, inferred, prefix
+        self._file, self._inferred, self._prefix = file, inferred, prefix
         self.memo: dict[tuple[str, str], Any] = {}
         self._computed: dict[str, Array | None] = {}
         self._initializers = {tensor.name: tensor for tensor in graph.initializer}
@@ -157,12 +158,12 @@ class GraphView:
             QatkitError: the value is damaged, or in an external data file that cannot be read.
         """
         if tensor in self._initializers:
-            return read_tensor(self._initializers[tensor], self._base_dir)
+            return read_tensor(self._initializers[tensor], self._file)
         node = self._producers.get(tensor)
         if node is None:
             return self.parent.array(tensor) if self.parent is not None else None
         if node.op == "Constant":
-            return constant_node_value(node.raw, self._base_dir)
+            return constant_node_value(node.raw, self._file)
         if tensor not in self._computed:
             self._computed[tensor] = self._compute(node, tensor)
         return self._computed[tensor]
@@ -222,7 +223,7 @@ class GraphView:
             pairs = zip(subgraphs(node.raw), subgraphs(twin), strict=True)
             for (label, graph), (_, inferred) in pairs:
                 prefix = f"{node.name}/{label}/"
-                views.append(GraphView(self.model, graph, inferred, self._base_dir, self, prefix))
+                views.append(GraphView(self.model, graph, inferred, self._file, self, prefix))
         return tuple(views)
 
     def walk(self) -> Iterator[GraphView]:
@@ -263,9 +264,10 @@ class GraphView:
         return self.parent is not None and not local and self.parent.is_constant(tensor)
 
 
-def open_view(model: ModelProto, base_dir: str = "") -> GraphView:
-    """Return the view on the main graph of ``model``, with shapes inferred where possible."""
-    return GraphView(model, model.graph, infer_shapes(model), base_dir)
+def open_view(model: OnnxFile | ModelProto) -> GraphView:
+    """Return the view on the main graph of a model, with shapes inferred where possible."""
+    file = model if isinstance(model, OnnxFile) else OnnxFile(model)
+    return GraphView(file.model, file.model.graph, infer_shapes(file.model), file)
 
 
 def type_name(code: int) -> str | None:

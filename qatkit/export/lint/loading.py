@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qatkit.errors import MissingExtraError, QatkitError, QatkitTypeError, shorten
+from qatkit.export.onnx_file import OnnxFile, read_model
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -14,14 +16,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def load_for_lint(path_or_model: str | Path | ModelProto) -> tuple[ModelProto, str, str]:
-    """Return the model, local functions inlined, the folder of its external data, and its name.
+def load_for_lint(path_or_model: str | Path | ModelProto) -> tuple[OnnxFile, str]:
+    """Return the model, local functions inlined, and its name; large initializers stay in the file.
 
     Args:
         path_or_model: path of an .onnx file, or a model in memory.
 
     Returns:
-        The model; the folder, ``""`` for a model in memory; what to call it in a message.
+        The model; what to call it in a message.
 
     Raises:
         MissingExtraError: onnx is not installed.
@@ -33,25 +35,26 @@ def load_for_lint(path_or_model: str | Path | ModelProto) -> tuple[ModelProto, s
     except ImportError:
         raise MissingExtraError("onnx", "onnx") from None
     if isinstance(path_or_model, onnx.ModelProto):
-        model, base_dir, where = path_or_model, "", "ModelProto"
+        file, where = OnnxFile(path_or_model), "ModelProto"
     elif isinstance(path_or_model, str | Path):
         path = Path(path_or_model)
-        model, base_dir, where = _read_file(path), str(path.parent), str(path)
+        file, where = _read_file(path), str(path)
     else:
         kind = type(path_or_model).__name__
         raise QatkitTypeError(
             f"lint_onnx: got {kind}, give the path of an .onnx file or a ModelProto"
         )
-    if not model.HasField("graph") or not model.ir_version:
+    if not file.model.HasField("graph") or not file.model.ir_version:
         raise QatkitError(f"{where}: no graph inside: give a file written by export_onnx()")
-    return _inline_functions(model), base_dir, where
+    return dataclasses.replace(file, model=_inline_functions(file.model)), where
 
 
-def malformed(model: ModelProto) -> str:
+def malformed(file: OnnxFile) -> str:
     """Return what onnx finds wrong with a model, ``""`` for nothing or a model in several files."""
     import onnx
 
     external = onnx.TensorProto.EXTERNAL
+    model = onnx.load(file.path, load_external_data=False) if file.places else file.model
     if any(tensor.data_location == external for tensor in model.graph.initializer):
         return ""
     try:
@@ -61,14 +64,12 @@ def malformed(model: ModelProto) -> str:
     return ""
 
 
-def _read_file(path: Path) -> ModelProto:
-    import onnx
-
+def _read_file(path: Path) -> OnnxFile:
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "no such file"
         raise QatkitError(f"{path}: {what}: give the path of an .onnx file")
     try:
-        return onnx.load(path, load_external_data=False)
+        return read_model(path)
     except Exception as error:  # protobuf and parser errors share no base class
         raise QatkitError(
             f"{path}: not an ONNX file ({shorten(str(error), 120)}): "
