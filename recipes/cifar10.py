@@ -2,12 +2,15 @@
 
     python recipes/cifar10.py --mode ptq --net resnet20 --init FILE.pt --wbits 8 --abits 8
     python recipes/cifar10.py --mode qat --net resnet20 --init FILE.pt --wbits 4 --abits 4
+    torchrun --nproc-per-node 2 recipes/cifar10.py --mode qat ...
 
 --wbits and --abits are the widths of the weights and of the inputs of all convolutions but the
 first. First and last layer, the skip inputs of the residual additions and the input of the last
 pooling have 8 bits. With ptq no label is looked at. With qat follow --epochs over --images training
 images, always the same ones, with the outputs of the float network as targets. Everything is
-measured on all test images, the written file in ONNX Runtime.
+measured on all test images, the written file in ONNX Runtime. Under torchrun each process trains
+on its part of every batch; what comes before the training all do alike, what comes after the first
+one does.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import dataclasses
 import importlib.util
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -27,8 +31,9 @@ from typing import Any, NoReturn
 
 import onnxruntime
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import qatkit
@@ -37,6 +42,7 @@ from qatkit import QuantConfig, QuantSpec, Rule
 NETS = {"resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9}  # blocks in a stage
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SWAPPED = 1.5  # rounding a code otherwise moved a logit by 0.6 at most, at 4 bits
+RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # torchrun
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
@@ -287,22 +293,28 @@ def train_quantized(net: nn.Module, teacher: nn.Module, train: Images, knobs: Kn
     net.train()
     if method.settled:
         qatkit.freeze_batch_norm(net).apply()
-    with tqdm(total=steps, desc="training", leave=False, disable=None) as bar:
+    student: nn.Module = net
+    if WORLD > 1:
+        distributed.init_process_group("gloo")
+        student = DistributedDataParallel(net, find_unused_parameters=True)
+    with tqdm(total=steps, desc="training", leave=False, disable=True if RANK else None) as bar:
         for _ in range(knobs.epochs):
             order = torch.randperm(len(train), generator=random)
             for batch in train[order].batches(knobs.batch_size):
                 if len(batch) < knobs.batch_size:
                     continue
                 pixels = batch.pixels if method.settled else augment(batch.pixels, random)
-                x = normalize(pixels)
+                x = normalize(pixels[RANK::WORLD])
                 with torch.no_grad():
                     target = (teacher(x).softmax(1) + teacher(x.flip(3)).softmax(1)) / 2
-                loss = F.cross_entropy(net(x), target)
+                loss = F.cross_entropy(student(x), target)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 schedule.step()
                 bar.update()
+    if WORLD > 1:
+        distributed.destroy_process_group()
 
 
 def predict(net: nn.Module, test: Images, name: str, *, exact: bool = False) -> Tensor:
@@ -371,6 +383,10 @@ def parse(argv: Sequence[str] | None) -> Knobs:
     for name in ("images", "epochs", "calibration_images", "batch_size"):
         if getattr(knobs, name) < 1:
             fail(f"--{name.replace('_', '-')} {getattr(knobs, name)}: give 1 or more")
+    if WORLD > 1 and knobs.mode == "ptq":
+        fail("--mode ptq: nothing to share among processes; call it with python, not torchrun")
+    if knobs.batch_size % WORLD:
+        fail(f"--batch-size {knobs.batch_size}: give a multiple of the {WORLD} processes")
     if knobs.images < knobs.batch_size:
         fail(f"--images {knobs.images}: give {knobs.batch_size} or more, one --batch-size")
     for name in ("onnx", "json"):
@@ -406,6 +422,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     # 3. Quantization-aware training.
     if knobs.mode == "qat":
         train_quantized(net, teacher, train, knobs)
+        if RANK:
+            return {}
         predictions["qat"] = predict(net, test, "QAT")
 
     # 4. Export; the file is linted and compared with the network on the way.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from types import ModuleType
 import pytest
 import torch
 
+onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 pytest.importorskip("tqdm")
 
@@ -86,6 +88,28 @@ def test_qat_is_the_same_for_the_same_seed(
         assert json.loads((out / "a.json").read_text()) == numbers
         runs.append((out / "a.onnx").read_bytes())
     assert runs[0] == runs[1] != runs[2]
+
+
+def test_two_processes_train_like_one(recipe: ModuleType, folder: Path, tmp_path: Path) -> None:
+    weights = []
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        out.mkdir()
+        launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}")
+        given = arguments(folder, out, "--mode=qat", "--wbits=4", "--abits=4")
+        command = [sys.executable, *launcher, str(RECIPE), *given]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(RECIPE.parents[1])}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert done.stdout.count("qat_top1") == 1  # one process prints
+        assert list(json.loads((out / "a.json").read_text())) == FIELDS
+        file = onnx.load(out / "a.onnx")
+        weights.append(
+            [onnx.numpy_helper.to_array(each) for each in file.graph.initializer if each.dims]
+        )
+    for one, two in zip(*weights, strict=True):
+        steps = abs(one.astype("float64") - two).max() / max(abs(one).max(), 1e-12)
+        assert steps < 1 / 4  # one step of the grid of the coarsest weights at most
 
 
 def test_which_tensors_have_few_bits(recipe: ModuleType) -> None:
