@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qatkit.functional.layout import dense_order, rows
 from qatkit.kernels import cpu
+from qatkit.kernels.layout import dense_order, rows
 from qatkit.kernels.portable import LARGEST_SCALE, SMALLEST_SCALE
 from qatkit.observers import OBSERVERS, update_numbers
 from qatkit.spec import QuantSpec

@@ -17,7 +17,7 @@ from qatkit.functional import (
     fake_quantize_unclipped,
     qparams,
 )
-from qatkit.kernels import is_eager_cpu
+from qatkit.kernels import is_eager_cpu, is_gpu
 from qatkit.kernels.cpu import EVERYTHING, fake_quantize_number
 from qatkit.observers import (
     OBSERVERS,
@@ -25,6 +25,8 @@ from qatkit.observers import (
     Range,
     gradient_of,
     holds_range,
+    observe,
+    saw_nothing,
     translated,
     update,
 )
@@ -210,6 +212,8 @@ class TensorQuantizer(nn.Module):
             if self.observing and not is_recomputing():
                 self._observe(x)
             return wanted
+        if self._fused_on_gpu(x) and part is None:
+            return self._rows_on_gpu(x)
         grid = self._current_grid(x)
         if grid is None:  # while observing: nothing but empty or NaN tensors so far
             if not self.observing:
@@ -347,6 +351,22 @@ class TensorQuantizer(nn.Module):
             x, scale, center, *codes, spec.axis, offset=grid.offset, rule=rule
         )
 
+    def _fused_on_gpu(self, x: Tensor) -> bool:
+        """Whether range, scale and rounding are one kernel."""
+        if not is_gpu(x) or not self._covers_all or type(self) is not TensorQuantizer:
+            return False
+        from qatkit.kernels import gpu
+
+        return self.queue is None and gpu.fits(x, self.spec.axis)
+
+    def _rows_on_gpu(self, x: Tensor) -> Tensor:
+        from qatkit.kernels import gpu
+
+        watched = self.observing and not is_recomputing()
+        state = self._state if watched else None
+        self._has_range = self._has_range or watched
+        return gpu.quantize_rows(x, self.spec.axis, self.spec.quant_max, state)
+
     @property
     def _covers_all(self) -> bool:
         """Whether the range is that of the tensor itself, so that nothing is clipped."""
@@ -480,9 +500,14 @@ class TensorQuantizer(nn.Module):
     def _observe(self, x: Tensor) -> Range:
         """Estimate the range of ``x`` and remember it; return the estimate."""
         with torch.no_grad():
+            if self._observes_at_once(x) and self.queue is None and not self._asks_other_ranks:
+                low, high = observe(x.detach(), self._state, self.spec)
+                if x.numel() and not self._has_range:
+                    self._has_range = True
+                return low, high
             low, high = self._estimate(x)
             alone = self.queue is not None or not self._asks_other_ranks
-            if alone and _saw_nothing(x, high):  # no rank may stay away from a collective
+            if alone and saw_nothing(x, high):  # no rank may stay away from a collective
                 return low, high
             if self.queue is not None:
                 self.queue.append((low, high))
@@ -492,6 +517,15 @@ class TensorQuantizer(nn.Module):
                 low, high = range_of_parts(ends[:, 0], ends[:, 1], self.spec)
             self._remember(low, high)
         return low, high
+
+    def _observes_at_once(self, x: Tensor) -> bool:
+        """Whether it is one call to estimate and to remember."""
+        pays = torch.compiler.is_dynamo_compiling() or is_gpu(x)
+        return pays and type(self) is TensorQuantizer
+
+    @property
+    def _state(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.min_val, self.max_val, self.num_batches
 
     @property
     def _asks_other_ranks(self) -> bool:
@@ -558,12 +592,3 @@ def share_range(quantizers: list[TensorQuantizer]) -> None:
         )
     for quantizer in quantizers:
         quantizer._peers = tuple(peer for peer in quantizers if peer is not quantizer)
-
-
-def _saw_nothing(x: Tensor, high: Tensor) -> bool:
-    """Tell whether ``x`` has no finite element; where that would cost a host sync, no element."""
-    if x.numel() == 0:
-        return True
-    if not is_eager_cpu(x) or high.dim() or high != 0:
-        return False
-    return not bool(torch.isfinite(x).any())

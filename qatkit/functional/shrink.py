@@ -16,7 +16,6 @@ from torch import Tensor
 from qatkit import kernels
 from qatkit.errors import QatkitError, QatkitTypeError
 from qatkit.functional.exact_ti import exact_shrink_range
-from qatkit.functional.layout import rows
 from qatkit.spec import check_percentile
 
 
@@ -74,10 +73,7 @@ def shrink_range(
         if exact is not None:
             return exact
         percentile = min(max(percentile, 0.0), 49.0)
-    x_CM = rows(x, axis).to(torch.float32)
-    nothing = x_CM.new_zeros(x_CM.shape[0])
-    low, high = kernels.shrink(x_CM, percentile) if x_CM.numel() else (nothing, nothing.clone())
-    return (low, high) if axis is not None else (low[0], high[0])
+    return kernels.shrink(x, percentile, axis)
 
 
 def count_nonfinite(x: Tensor) -> Tensor:

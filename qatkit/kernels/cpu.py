@@ -40,7 +40,7 @@ def fake_quantize(
     if axis is None:
         value, shift = float(scale), int(zero_point)
         low, high = quant_min - shift, quant_max - shift
-        if low <= 0 <= high and _has_reciprocal(value):
+        if low <= 0 <= high and has_reciprocal(value):
             if x.dtype == torch.float32:
                 return fake_quantize_number(x, value, low, high)
             return _apply(_PerTensor, x, value, low, high)
@@ -127,7 +127,7 @@ def shrink(x_CM: Tensor, percentile: float) -> tuple[Tensor, Tensor]:
     if channels == 1:
         ends = shrink_row(x_CM[0], percentile)
         if ends is not None:
-            low, high = torch.tensor(ends, dtype=torch.float32)[:, None]
+            low, high = (torch.tensor([end], dtype=torch.float32) for end in ends)
             return low, high
     elif portable.droppable(total, percentile) == 0:
         low, high = x_CM.amin(1), x_CM.amax(1)
@@ -329,5 +329,6 @@ def reciprocal(scale: float) -> float:
     return float(np.float32(1) / np.float32(scale))
 
 
-def _has_reciprocal(scale: float) -> bool:
+def has_reciprocal(scale: float) -> bool:
+    """Tell whether a scale and its reciprocal are normal float32 numbers."""
     return portable.SMALLEST_SCALE <= scale <= portable.LARGEST_SCALE

@@ -12,7 +12,7 @@ SMALLEST_SCALE, LARGEST_SCALE = 2.0**-126, 2.0**126
 """Between these a scale and its reciprocal are normal float32 numbers."""
 BLOCK_SIZES = (128, 64, 32)
 _BLOCKS_PER_ELEMENT = 8
-_DECIMALS = 10**8
+DECIMALS = 10**8
 
 
 class Tails(NamedTuple):
@@ -72,7 +72,7 @@ def droppable(count: int, percentile: float) -> int:
     >>> droppable(200, 0.5), droppable(199, 0.5), droppable(10000, 0.29)
     (1, 0, 29)
     """
-    return int(count * round(percentile * _DECIMALS) // (100 * _DECIMALS))
+    return int(count * round(percentile * DECIMALS) // (100 * DECIMALS))
 
 
 def tails(x_CM: Tensor, percentile: float) -> Tails:
@@ -155,7 +155,7 @@ def extremes(x_CM: Tensor, k: int, block: int, *, largest: bool) -> Tensor:
 
 
 def _droppable_finite(x_CM: Tensor, percentile: float) -> Tensor:
-    numerator, denominator = round(percentile * _DECIMALS), 100 * _DECIMALS
+    numerator, denominator = round(percentile * DECIMALS), 100 * DECIMALS
     finite: Tensor = torch.isfinite(x_CM).sum(1)
     if x_CM.shape[1] * numerator < 2**62:
         return finite.mul_(numerator).floor_divide_(denominator)
@@ -192,6 +192,15 @@ def codes(x: Tensor, scale: Tensor | float) -> Tensor:
     return torch.mul(x.to(torch.float32), inverse(scale, x)).round_()
 
 
+def passed(
+    grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor | int, low: int, high: int
+) -> Tensor:
+    """Return the gradient where the code of ``x`` is inside ``low..high``, else 0."""
+    shifted = codes(x, scale) + zero_point
+    inside = (shifted >= low) & (shifted <= high)
+    return torch.where(inside, grad, 0.0)
+
+
 class _FakeQuantize(torch.autograd.Function):
     """The clipped straight-through estimator, its mask computed again in the backward pass."""
 
@@ -207,9 +216,7 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         x, scale, zero_point = ctx.saved_tensors
-        shifted = codes(x, scale) + zero_point
-        inside = (shifted >= ctx.low) & (shifted <= ctx.high)
-        return torch.where(inside, grad, 0.0), None, None, None, None
+        return passed(grad, x, scale, zero_point, ctx.low, ctx.high), None, None, None, None
 
 
 class _FakeQuantizeUnclipped(torch.autograd.Function):

@@ -135,7 +135,7 @@ class QuantizedWeight(QuantizedInput):
     @property
     def reads_its_parameter(self) -> bool:
         """Whether the weight quantizer gets the parameter itself, not what a fold makes of it."""
-        return not self._batch_norm or self.fold_cancels
+        return len(self._batch_norm) == 0 or self.fold_cancels
 
     @property
     def output_axis(self) -> int:

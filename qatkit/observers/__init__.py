@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from qatkit.observers.eager import remember, saw_nothing
 from qatkit.observers.learned import (
     Grid,
     gradient_of,
@@ -14,6 +15,7 @@ from qatkit.observers.learned import (
 )
 from qatkit.observers.memory import is_empty, update, update_numbers
 from qatkit.observers.observer import Observer, Range
+from qatkit.observers.observing import observe
 from qatkit.observers.registry import OBSERVERS
 from qatkit.observers.starts import start
 from qatkit.observers.stored import holds_range, names_of, translated
@@ -34,7 +36,10 @@ __all__ = [
     "holds_range",
     "is_empty",
     "names_of",
+    "observe",
     "range_of",
+    "remember",
+    "saw_nothing",
     "start",
     "to_parameters",
     "translated",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qatkit.functional.layout import rows
 from qatkit.functional.shrink import shrink_range
+from qatkit.kernels.layout import rows
 from qatkit.observers.observer import Range
 from qatkit.spec import QuantSpec
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qatkit.functional.layout import rows
+from qatkit.kernels.layout import rows
 from qatkit.observers.observer import Range
 from qatkit.observers.registry import OBSERVERS
 from qatkit.spec import QuantSpec

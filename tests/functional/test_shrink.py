@@ -16,8 +16,8 @@ from torch import Tensor
 from qatkit import kernels
 from qatkit.errors import QatkitError
 from qatkit.functional import count_nonfinite, shrink_range
-from qatkit.functional.layout import dense_order
 from qatkit.kernels import portable
+from qatkit.kernels.layout import dense_order
 
 
 def oracle(x: Tensor, percentile: float) -> tuple[float, float]:

@@ -29,8 +29,24 @@ def rows(x: Tensor, axis: int | None) -> Tensor:
     if axis is None:
         return dense_order(x)[None]
     if axis == 0 and x.numel():
-        inner = () if x.is_contiguous() else range(1, x.dim())
-        order = sorted(inner, key=x.stride, reverse=True)
-        return (x.permute(0, *order) if order else x).reshape(x.shape[0], -1)
+        if not x.is_contiguous():
+            x = x.permute(0, *sorted(range(1, x.dim()), key=x.stride, reverse=True))
+        return x.reshape(x.shape[0], -1)
     moved = x.movedim(axis, 0)
     return moved.reshape(moved.shape[0], -1) if moved.numel() else moved.flatten(1)
+
+
+def is_dense(x: Tensor) -> bool:
+    """Tell whether the elements of ``x`` fill a piece of memory, each once, in whatever order.
+
+    >>> import torch
+    >>> is_dense(torch.zeros(2, 3).T), is_dense(torch.zeros(2, 3)[:, :2])
+    (True, False)
+    """
+    expected = 1
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True

@@ -1,0 +1,92 @@
+"""Which path a tensor with numbers takes: by its device, nothing being compiled."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from qatkit.kernels import cpu, learned, portable
+from qatkit.kernels.gradient import Gradient
+from qatkit.kernels.layout import rows
+
+
+def is_eager_cpu(x: Tensor) -> bool:
+    """Tell whether ``x`` is on the CPU and nothing is being compiled: reading a scalar is free."""
+    plain = type(x) is Tensor or type(x) is torch.nn.Parameter
+    return plain and x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def is_gpu(x: Tensor) -> bool:
+    """Tell whether ``x`` is on a CUDA device, for which there are Triton kernels."""
+    plain = type(x) is Tensor or type(x) is torch.nn.Parameter
+    return plain and x.is_cuda and not torch.compiler.is_compiling() and _has_triton()
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def fake_quantize(
+    x: Tensor,
+    scale: Tensor | float,
+    zero_point: Tensor | int,
+    quant_min: int,
+    quant_max: int,
+    axis: int | None,
+) -> Tensor:
+    """Fake-quantize ``x`` with the clipped straight-through gradient, arguments already checked."""
+    if is_eager_cpu(x):
+        return cpu.fake_quantize(x, scale, zero_point, quant_min, quant_max, axis)
+    if is_gpu(x):
+        from qatkit.kernels import gpu
+
+        return gpu.fake_quantize(x, scale, zero_point, quant_min, quant_max, axis)
+    return portable.fake_quantize(x, scale, zero_point, quant_min, quant_max, axis)
+
+
+def fake_quantize_unclipped(x: Tensor, scale: Tensor | float, axis: int | None) -> Tensor:
+    """Fake-quantize ``x``, all of it inside the grid, arguments already checked."""
+    if is_eager_cpu(x):
+        return cpu.fake_quantize_unclipped(x, scale, axis)
+    if is_gpu(x):
+        from qatkit.kernels import gpu
+
+        return gpu.fake_quantize_unclipped(x, scale, axis)
+    return portable.fake_quantize_unclipped(x, scale, axis)
+
+
+def fake_quantize_learned(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | int,
+    offset: Tensor | None,
+    quant_min: int,
+    quant_max: int,
+    axis: int | None,
+    rule: Gradient,
+) -> Tensor:
+    """Fake-quantize ``x`` with gradients by ``rule``, arguments already checked."""
+    fast = is_eager_cpu(x)
+    return learned.fake_quantize(
+        x, scale, zero_point, offset, quant_min, quant_max, axis, rule, fast
+    )
+
+
+def shrink(x: Tensor, percentile: float, axis: int | None) -> tuple[Tensor, Tensor]:
+    """Return the range of ``x`` without ``percentile`` percent on each side, () or (C,) float32."""
+    if is_gpu(x):
+        from qatkit.kernels import gpu
+
+        return gpu.shrink(x, percentile, axis)
+    x_CM = rows(x, axis).to(torch.float32)
+    if not x_CM.numel():
+        low, high = x_CM.new_zeros(x_CM.shape[0]), x_CM.new_zeros(x_CM.shape[0])
+    elif is_eager_cpu(x_CM):
+        low, high = cpu.shrink(x_CM, percentile)
+    else:
+        low, high = portable.shrink(x_CM, percentile)
+    return (low, high) if axis is not None else (low[0], high[0])

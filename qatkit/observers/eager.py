@@ -1,0 +1,71 @@
+"""One forward of an observer on tensors with numbers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qatkit import kernels
+from qatkit.observers.memory import update
+from qatkit.observers.observer import Range
+from qatkit.observers.registry import OBSERVERS
+from qatkit.spec import QuantSpec
+
+State = tuple[Tensor, Tensor, Tensor]
+
+_ON_DEVICE = ("shrink", "minmax", "ema", "average")
+
+
+def observe(x: Tensor, state: State, spec: QuantSpec) -> Range:
+    """Return the range of ``x``, which joins the remembered one; see `qatkit.observers.observe`."""
+    if x.numel() and kernels.is_gpu(x) and spec.observer in _ON_DEVICE:
+        return _observe_on_device(x, state, spec)
+    low, high = OBSERVERS[spec.observer].estimate(x, spec)
+    if not saw_nothing(x, high):
+        remember(low, high, state, spec)
+    return low, high
+
+
+def remember(low: Tensor, high: Tensor, state: State, spec: QuantSpec) -> None:
+    """Let a range join the remembered one in place; one of the latest tensor takes its place."""
+    if spec.memory != "latest":
+        update(OBSERVERS[spec.observer].remember, state, (low, high), spec)
+        return
+    state[0].copy_(low.expand_as(state[0]))
+    state[1].copy_(high.expand_as(state[1]))
+    state[2].add_(1)
+
+
+def _observe_on_device(x: Tensor, state: State, spec: QuantSpec) -> Range:
+    """Do the same in three kernels."""
+    from qatkit.kernels import gpu
+
+    percentile = spec.percentile if spec.observer == "shrink" else 0.0
+    return gpu.observe(x, state, percentile, spec.axis, gpu.Join(*join_of(spec)))
+
+
+def join_of(spec: QuantSpec) -> tuple[str, float, float]:
+    """Return how ranges join the memory: ``blend`` and the ends of its weight, or another rule.
+
+    >>> join_of(QuantSpec(observer="shrink", momentum=0.01))
+    ('blend', 0.01, 1.0)
+    """
+    if spec.memory == "latest":
+        return "latest", 0.0, 1.0
+    if spec.observer == "minmax":
+        return "extremes", 0.0, 1.0
+    if spec.observer == "ema":
+        momentum = 0.1 if spec.momentum is None else spec.momentum
+        return "blend", momentum, momentum
+    if spec.observer == "average":
+        return "blend", 0.0, 1.0
+    return "blend", 0.001 if spec.momentum is None else spec.momentum, 1.0
+
+
+def saw_nothing(x: Tensor, high: Tensor) -> bool:
+    """Tell whether ``x`` has no finite element; where that would cost a host sync, no element."""
+    if x.numel() == 0:
+        return True
+    if not kernels.is_eager_cpu(x) or high.dim() or high != 0:
+        return False
+    return not bool(torch.isfinite(x).any())
