@@ -6,6 +6,8 @@ nor be another one than in the first run.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -29,7 +31,20 @@ def may_be_recomputed() -> bool:
         return False
     if not torch.is_grad_enabled():
         return True
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    return _saved_tensors_have_hooks()
+
+
+def _saved_tensors_have_hooks() -> bool:
+    autograd: Any = torch._C._autograd
+    if hasattr(autograd, "_top_saved_tensors_default_hooks"):
+        return autograd._top_saved_tensors_default_hooks(True) is not None
+    try:  # torch 2.6: what is in use cannot be disabled
+        autograd._saved_tensors_hooks_disable("")
+    except RuntimeError:
+        return True
+    finally:
+        autograd._saved_tensors_hooks_enable()
+    return False
 
 
 class UsedRanges:

@@ -32,7 +32,7 @@ def general(quantizer: TensorQuantizer) -> TensorQuantizer:
 
 
 def run(quantizer: TensorQuantizer, tensors: list[Tensor]) -> list[Tensor]:
-    """Return values, gradients and state after each of some steps, the last ones frozen and in eval."""
+    """Return values, gradients and state after some steps, the last ones frozen and in eval."""
     results = []
     for step, tensor in enumerate([*tensors, tensors[0], tensors[1]]):
         if step == len(tensors):
