@@ -5,7 +5,7 @@
 | fake quantize, forward | 4 to 5, all but the first in place on one buffer |
 | fake quantize, backward | 1, on x itself per-tensor, on x / scale per-channel |
 | shrink, small percentile | 2 over x, the rest on a few blocks |
-| shrink, large percentile | 2 over x, 4 for the bins and 1 over bytes for the histogram |
+| shrink, large percentile | 1 over x, then about 4 that count |
 
 With one scale the gradient of fake quantization is that of ``clip(x)``, and with a grid that holds
 all of x that of ``clone(x)``. So PyTorch records only this first pass, and the others write to its
@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from qatkit.kernels import portable
+from qatkit.kernels.counting import ends_of_tails
 from qatkit.kernels.portable import along
 
 
@@ -166,7 +167,7 @@ def shrink_row(
         first = round(float((np.float32(left) - start) * factor))
         last = round(float((np.float32(right) - start) * factor))
     else:
-        first, last = _histogram_ends(x_M, low, float(factor), most)
+        first, last = ends_of_tails(x_M, start, factor, most)
     back = np.float32(1) / factor
     if first > 1:
         low = max(low, float(np.float32(first - 1) * back + start))
@@ -210,13 +211,6 @@ def _two_extremes(
     candidates = np.sort(candidates[candidates >= bound if largest else candidates <= bound])
     ends = (candidates[-1], candidates[-k]) if largest else (candidates[0], candidates[k - 1])
     return _clipped(float(ends[0]), bounds), _clipped(float(ends[1]), bounds)
-
-
-def _histogram_ends(x_M: Tensor, low: float, factor: float, most: int) -> tuple[int, int]:
-    codes = (x_M - low).mul_(factor).round_().to(torch.uint8)
-    counts = torch.bincount(codes, minlength=portable.LAST_BIN + 1).numpy()
-    first, dropped = (int((side.cumsum() <= most).sum()) for side in (counts, counts[::-1]))
-    return first, portable.LAST_BIN - dropped
 
 
 class _PerTensor(torch.autograd.Function):
