@@ -4,6 +4,7 @@
 
 ops        fake quantize, what it saves, the percentile range
 step       a training step over the float step, beside other tools
+compiled   torch.compile: its price, and the compiled step over the eager one
 calibrate  images per second of each method over the float forward
 export     time and memory of `qatkit.export_onnx` with lint and proof
 deploy     what INT8 gains in CPU engines
@@ -21,13 +22,14 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-from benchmarks import calibrate, deploy, export, imports, ops, step
+from benchmarks import calibrate, compiled, deploy, export, imports, ops, step
 from benchmarks.machine import machine
 from benchmarks.measuring import restart_with_memory_kept
 
 BENCHMARKS: dict[str, ModuleType] = {
     "ops": ops,
     "step": step,
+    "compiled": compiled,
     "calibrate": calibrate,
     "export": export,
     "deploy": deploy,

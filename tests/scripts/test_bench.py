@@ -18,7 +18,7 @@ from torch import nn
 from qatkit.functional.exact_ti import exact_shrink_range
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
-PARTS = ("ops", "step", "calibrate", "export", "deploy", "imports")
+PARTS = ("ops", "step", "compiled", "calibrate", "export", "deploy", "imports")
 OTHERS = ("measuring", "machine", "tables", "peers", "percentile_range", "published_range")
 
 
@@ -258,3 +258,19 @@ def test_deploy(bench):
         "float32 again (control)",
     ]
     assert result.notes == ()
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_compiled(bench, monkeypatch):
+    monkeypatch.setattr(bench.compiled, "_build", lambda name, size: torch.nn.Conv2d(3, 4, 3))
+    args = options(bench, "compiled", "--model", "tiny", "--batch", "2", "--size", "8", "--eval")
+    args.steps = 2
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda graph, inputs: graph)
+    monkeypatch.setattr(bench.compiled, "_difference_in_eval", lambda model, x: 0.0)
+    result = bench.compiled.run(args)
+    ((name, dynamo, inductor, of_float, graphs, again, ratio, over_float, difference),) = (
+        result.tables[0].rows
+    )
+    assert (name, graphs, again, difference) == ("tiny", 1, 0, 0.0)
+    assert min(dynamo, inductor, of_float, ratio, over_float) > 0
+    assert [bar.bound for bar in result.bars] == [1.05]
