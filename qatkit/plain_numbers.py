@@ -46,19 +46,16 @@ def _plain(spec: QuantSpec) -> bool:
     return spec.symmetric and not spec.power_of_two and spec.gradient == "ste"
 
 
-def observed_range(
-    x: Tensor, state: State, spec: QuantSpec, bounds: tuple[float, float] = cpu.EVERYTHING
-) -> tuple[float, float] | None:
+def observed_range(x: Tensor, state: State, spec: QuantSpec) -> tuple[float, float] | None:
     """Estimate the range of ``x``, remember it, and return the remembered range.
 
     Args:
         x: any shape and memory format, float32, without gradient.
         state: buffers ``(min, max, count)``: () float32 twice, () int64.
         spec: one that `knows_activation`.
-        bounds: the range is that of ``x`` clipped to them.
     """
     percentile = spec.percentile if spec.observer == "shrink" else 0.0
-    found = cpu.shrink_row(dense_order(x), percentile, bounds) if x.numel() else None
+    found = cpu.shrink_row(dense_order(x), percentile) if x.numel() else None
     if found is None:
         return None
     return update_numbers(OBSERVERS[spec.observer].remember, state, found, spec)

@@ -17,7 +17,6 @@ from qatkit.graph.rewrite import rewrite
 from qatkit.modes import quantizers, require_module
 from qatkit.nn.fast_path import avoid_fast_path
 from qatkit.nn.functions import FUNCTIONS
-from qatkit.nn.fused_activation import fuse_activation
 from qatkit.nn.quantized import (
     QuantizedComposite,
     QuantizedInput,
@@ -30,7 +29,7 @@ from qatkit.nn.weights import weights_of
 from qatkit.quantizer import TensorQuantizer, share_range
 from qatkit.ranks import require_whole
 from qatkit.synchronize import RangeSynchronizer
-from qatkit.weights_ahead import WeightsAhead
+from qatkit.weights_ahead import quantize_weights_ahead
 
 _PLAN = "_qatkit_plan"
 
@@ -155,8 +154,7 @@ def apply_plan(wanted: Plan, model: nn.Module) -> None:
         for module in modules.values():
             avoid_fast_path(module)
         _synchronize(wanted, model)
-        WeightsAhead(model)
-        _fuse_activations(wanted, modules)
+        quantize_weights_ahead(model)
         for interception in wanted.interceptions:
             intercept(modules[interception.path], interception)
     except BaseException:
@@ -182,11 +180,6 @@ def _check(wanted: Plan, modules: dict[str, nn.Module], name: str) -> None:
             raise QatkitError(
                 f"{name}: expects a {layer.kind} at {layer.path!r} and finds {found}; "
                 "build the same float model"
-            )
-    for fused in wanted.fused:
-        if type(modules.get(fused.path)) not in (nn.ReLU, nn.ReLU6):
-            raise QatkitError(
-                f"{name}: expects a ReLU at {fused.path!r}; build the same float model"
             )
     for block in wanted.changed:
         if block.path not in modules:
@@ -270,17 +263,6 @@ def _synchronize(wanted: Plan, model: nn.Module) -> None:
     found = [each for entry in observed if (each := _quantizer(model, entry.path)) is not None]
     if found:
         RangeSynchronizer(model, found)
-
-
-def _fuse_activations(wanted: Plan, modules: dict[str, nn.Module]) -> None:
-    """Let activations do the work of the quantizer behind them, where that is on."""
-    for fused in wanted.fused:
-        owner, _, name = fused.quantizer.rpartition(".")
-        quantizer = modules[owner]._modules.get(name)
-        if isinstance(quantizer, TensorQuantizer):
-            parts = fused.path.split(".")
-            around = (".".join(parts[:depth]) for depth in range(1, len(parts) + 1))
-            fuse_activation(modules[fused.path], quantizer, tuple(modules[p] for p in around))
 
 
 def _quantizer(model: nn.Module, path: str) -> TensorQuantizer | None:

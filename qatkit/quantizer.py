@@ -18,7 +18,7 @@ from qatkit.functional import (
     qparams,
 )
 from qatkit.kernels import is_eager_cpu, is_gpu
-from qatkit.kernels.cpu import EVERYTHING, fake_quantize_number
+from qatkit.kernels.cpu import fake_quantize_number
 from qatkit.observers import (
     OBSERVERS,
     Grid,
@@ -54,8 +54,8 @@ class _Ahead(NamedTuple):
     """A weight that was quantized before its layer runs, and what that depended on."""
 
     source: Tensor
-    version: int
-    settings: tuple[QuantSpec, Observe]
+    key: tuple[int, int, QuantSpec, Observe]
+    ranges: Range
     result: Tensor
 
 
@@ -102,6 +102,7 @@ class TensorQuantizer(nn.Module):
     max_val: Tensor
     num_batches: Tensor
 
+    _ahead: _Ahead | None = None
     _trained: ClassVar[type[TensorQuantizer]]
     """The class that trains its range."""
 
@@ -132,7 +133,6 @@ class TensorQuantizer(nn.Module):
         self._peers: tuple[TensorQuantizer, ...] = ()
         self.queue: list[Range] | None = None
         self._used = UsedRanges()
-        self._ahead: _Ahead | None = None
         bounds = spec.fixed_range or (0.0, 0.0)
         self._make_range(*(torch.full(shape, end, device=device) for end in bounds))
         count = torch.tensor(int(self._has_range), dtype=torch.int64, device=device)
@@ -235,44 +235,24 @@ class TensorQuantizer(nn.Module):
         return ranges_of_rows(x.detach())
 
     def quantize_ahead(self, x: Tensor, ranges: Range, scales: Tensor) -> None:
-        """Quantize a weight for the forward that follows.
+        """Quantize a weight for the forward that follows; nothing is remembered before that.
 
         Args:
             x: the weight.
             ranges: as `ranges_of_rows` gives them.
             scales: (channels,) float32, those of the ranges.
         """
-        result = self._quantized_rows(x, ranges, scales)
-        self._ahead = _Ahead(x, x._version, (self.spec, self.observe), result)
-
-    def quantize_clipped_ahead(self, x: Tensor, bounds: tuple[float, float]) -> Tensor | None:
-        """Clip ``x``, quantize it for the forward that follows, and return it, as one operation.
-
-        Returns ``None``, and does nothing, unless this is a common quantizer in a training step.
-
-        Args:
-            x: the tensor.
-            bounds: where to clip it first, the lower one not above 0.
-        """
-        usual = self._is_plain(x) and x.requires_grad and knows_activation(self.spec)
-        if not usual or is_recomputing() or may_be_recomputed():
-            return None
-        result = self._plain_activation(x, bounds)
-        if result is not None:
-            self._ahead = _Ahead(result, result._version, (self.spec, self.observe), result)
-        return result
-
-    def forget_ahead(self) -> None:
-        """Drop what was quantized ahead and not asked for."""
-        self._ahead = None
+        key = x._version, x.data_ptr(), self.spec, self.observe
+        self._ahead = _Ahead(x, key, ranges, self._quantized_rows(x, scales))
 
     def _taken_ahead(self, x: Tensor) -> Tensor | None:
-        """Return what was quantized ahead, once, if it is what a forward would compute now."""
+        """Return what was quantized ahead, once, if weight and quantizer are as they were."""
         ahead, self._ahead = self._ahead, None
-        if ahead is None or ahead.source is not x or ahead.version != x._version:
+        if ahead is None or ahead.source is not x or not self.quantize or may_be_recomputed():
             return None
-        if ahead.settings != (self.spec, self.observe) or not self.quantize or may_be_recomputed():
+        if ahead.key != (x._version, x.data_ptr(), self.spec, self.observe):
             return None
+        self._remember_rows(ahead.ranges)
         return ahead.result
 
     def _is_plain(self, x: Tensor) -> bool:
@@ -292,9 +272,7 @@ class TensorQuantizer(nn.Module):
             return self._plain_activation(x) if self._is_plain(x) else None
         return self._plain_weight(x)
 
-    def _plain_activation(
-        self, x: Tensor, bounds: tuple[float, float] = EVERYTHING
-    ) -> Tensor | None:
+    def _plain_activation(self, x: Tensor) -> Tensor | None:
         spec = self.spec
         if not self.observing:
             if not self.calibrated:
@@ -304,30 +282,35 @@ class TensorQuantizer(nn.Module):
             return None
         else:
             state = self.min_val, self.max_val, self.num_batches
-            found = observed_range(x.detach(), state, spec, bounds)
+            found = observed_range(x.detach(), state, spec)
             if found is None:
                 return None
             self._has_range = True
             low, high = found
         scale = scale_of(low, high, spec)
-        return fake_quantize_number(x, scale, spec.quant_min, spec.quant_max, bounds)
+        return fake_quantize_number(x, scale, spec.quant_min, spec.quant_max)
 
     def _plain_weight(self, x: Tensor) -> Tensor | None:
         if not self.is_plain_weight(x):
             return None
         ranges = self.ranges_of_rows(x)
         scales = scales_of(*ranges, self.spec.quant_max)
-        return None if scales is None else self._quantized_rows(x, ranges, scales)
+        if scales is None:
+            return None
+        self._remember_rows(ranges)
+        return self._quantized_rows(x, scales)
 
-    def _quantized_rows(self, x: Tensor, ranges: Range, scales: Tensor) -> Tensor:
-        spec = self.spec
-        if self.observe == "never":
-            return kernels.fake_quantize(x, scales, 0, spec.quant_min, spec.quant_max, 0)
+    def _remember_rows(self, ranges: Range) -> None:
         if self.observing and not is_recomputing():
             self.min_val.copy_(ranges[0])
             self.max_val.copy_(ranges[1])
             self.num_batches.add_(1)
             self._has_range = True
+
+    def _quantized_rows(self, x: Tensor, scales: Tensor) -> Tensor:
+        spec = self.spec
+        if self.observe == "never":
+            return kernels.fake_quantize(x, scales, 0, spec.quant_min, spec.quant_max, 0)
         return kernels.fake_quantize_unclipped(x, scales, 0)
 
     def unobserved(self, x: Tensor) -> Tensor:
@@ -429,6 +412,10 @@ class TensorQuantizer(nn.Module):
         self._has_range = False
         if self.spec.fixed_range is not None:
             self.set_range(*self.spec.fixed_range)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what only the forward under way needs."""
+        return {name: value for name, value in self.__dict__.items() if name != "_ahead"}
 
     def extra_repr(self) -> str:
         """Show the grid and the state."""

@@ -5,9 +5,10 @@ the caches of the processor full of other things and takes several times as long
 calls come one after the other. The layers then take what is ready, and only if the weight and the
 quantizer are still as they were; else they quantize as they do without this.
 
-Only for training steps, eager on the CPU: without gradient a layer should drop its quantized weight
-when it is done, and in a part that is computed again (`qatkit.recompute`) both runs must do the
-same.
+Only for training steps, eager on the CPU: without gradient a layer should drop its quantized
+weight when it is done, and a layer with a hook before its forward may get another weight there. One
+thing is seen a forward late: a block around a layer that writes to ``weight.data`` in place while
+it runs, which leaves no trace in the tensor.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qatkit.nn.weights import Weight, weights_of
+from qatkit.nn.quantized import QuantizedWeight
 from qatkit.plain_numbers import scales_of
 from qatkit.quantizer import TensorQuantizer
 from qatkit.recompute import is_recomputing, may_be_recomputed
@@ -26,46 +27,31 @@ LARGEST = 2**17
 """Elements of the largest weight worth it: a larger one is better still in the cache when used."""
 
 
-class WeightsAhead:
-    """Quantizes the small weights of a model when its forward starts; hangs on it as hooks.
+def quantize_weights_ahead(model: nn.Module) -> None:
+    """Let the small weights of a prepared model be quantized when its forward starts."""
+    model.register_forward_pre_hook(_start)
 
-    Args:
-        model: its calls are the forwards.
-    """
 
-    def __init__(self, model: nn.Module) -> None:
-        """Hang on the model."""
-        found = [weight for weight in weights_of(model) if _is_parameter(weight)]
-        self._weights = [(weight, weight.layer) for weight in found]
-        self._quantizers = [each for each in model.modules() if isinstance(each, TensorQuantizer)]
-        # Kept because a pickled hook without its handle may lose its number to another hook.
-        self._handles = (
-            model.register_forward_pre_hook(self._start),
-            model.register_forward_hook(self._end, always_call=True),
-        )
-
-    def _start(self, model: nn.Module, *_: Any) -> None:
-        if torch.compiler.is_compiling() or not model.training:
-            return
-        if is_recomputing() or may_be_recomputed():
-            return
-        together: dict[int, list[tuple[TensorQuantizer, Tensor]]] = {}
-        for weight, layer in self._weights:
-            parameter = weight.owner._parameters.get(weight.name)
-            if parameter is None or parameter.numel() > LARGEST:
-                continue
-            if not (layer is None or layer.reads_its_parameter):
-                continue
-            if weight.quantizer.is_plain_weight(parameter):
-                quant_max = weight.quantizer.spec.quant_max
-                together.setdefault(quant_max, []).append((weight.quantizer, parameter))
-        for quant_max, members in together.items():
-            _quantize_together(members, quant_max)
-
-    def _end(self, *_: Any) -> None:
-        if not torch.compiler.is_compiling():
-            for quantizer in self._quantizers:
-                quantizer.forget_ahead()
+def _start(model: nn.Module, *_: Any) -> None:
+    if torch.compiler.is_compiling() or not model.training:
+        return
+    if is_recomputing() or may_be_recomputed():
+        return
+    together: dict[int, list[tuple[TensorQuantizer, Tensor]]] = {}
+    for layer in model.modules():
+        if not isinstance(layer, QuantizedWeight) or layer._forward_pre_hooks:
+            continue
+        parameter, quantizer = layer._parameters.get("weight"), layer.weight_quantizer
+        if (
+            parameter is not None
+            and parameter.numel() <= LARGEST
+            and layer.reads_its_parameter
+            and isinstance(quantizer, TensorQuantizer)
+            and quantizer.is_plain_weight(parameter)
+        ):
+            together.setdefault(quantizer.spec.quant_max, []).append((quantizer, parameter))
+    for quant_max, members in together.items():
+        _quantize_together(members, quant_max)
 
 
 def _quantize_together(members: list[tuple[TensorQuantizer, Tensor]], quant_max: int) -> None:
@@ -78,7 +64,3 @@ def _quantize_together(members: list[tuple[TensorQuantizer, Tensor]], quant_max:
     parts = scales.split_with_sizes([len(ends[0]) for ends in ranges])
     for (quantizer, parameter), ends, part in zip(members, ranges, parts, strict=True):
         quantizer.quantize_ahead(parameter, ends, part)
-
-
-def _is_parameter(weight: Weight) -> bool:
-    return weight.owner._parameters.get(weight.name) is not None

@@ -7,7 +7,6 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from qatkit import QuantSpec
 from qatkit.kernels import cpu, portable
@@ -106,45 +105,6 @@ def test_few_rows_outside_a_frozen_range() -> None:
     assert int((one.grad == 0).sum()) > 0
 
 
-@pytest.mark.parametrize("bounds", [(0.0, math.inf), (0.0, 6.0), (0.0, 0.5)])
-@pytest.mark.parametrize("percentile", [0.0, 0.01, 5.0])
-@pytest.mark.parametrize("size", [(50,), (64, 1000), (7, 9999)])
-def test_range_of_a_clipped_row(
-    bounds: tuple[float, float], percentile: float, size: tuple[int, ...]
-) -> None:
-    torch.manual_seed(0)
-    for x in (torch.randn(size) * 4, torch.randn(size) - 2, torch.rand(size) + 0.1):
-        row = x.flatten()
-        expected = portable.shrink(row.clamp(*bounds)[None], percentile)
-        found = cpu.shrink_row(row, percentile, bounds)
-        if found is None:  # constant
-            assert expected[0] == expected[1]
-        else:
-            assert found == (expected[0].item(), expected[1].item())
-
-
-@pytest.mark.parametrize("bounds", [(0.0, math.inf), (0.0, 6.0)])
-def test_clipping_and_quantizing_are_one_operation(bounds: tuple[float, float]) -> None:
-    torch.manual_seed(0)
-    data = torch.randn(4, 8, 33, 33) * 4
-    data.view(-1)[:3] = torch.tensor([0.0, 6.0, -0.0])
-    one, other = TensorQuantizer(QuantSpec()), TensorQuantizer(QuantSpec())
-    for step in range(3):
-        x, z = (data.clone().mul_(1 + step).requires_grad_() for _ in range(2))
-        fused = one.quantize_clipped_ahead(x, bounds)
-        assert fused is not None
-        assert one(fused) is fused  # the layer behind it leaves it alone, once
-        clipped = functional.relu(z) if bounds[1] == math.inf else functional.relu6(z)
-        plain = other(clipped)
-        grad = torch.randn(plain.shape)
-        fused.backward(grad)
-        plain.backward(grad)
-        assert torch.equal(fused, plain)
-        assert torch.equal(x.grad, z.grad)
-        assert torch.equal(one.max_val, other.max_val)
-        assert one.num_batches == other.num_batches == step + 1
-
-
 def test_scales_like_the_general_ones() -> None:
     low, high = torch.tensor([-1.0, 0.0, -1e-44]), torch.tensor([0.5, 0.0, 1e-44])
     assert scales_of(low, high, 127).tolist() == [scale_of(-1, 0.5, WEIGHT), 1.0, 1.0]
@@ -152,7 +112,7 @@ def test_scales_like_the_general_ones() -> None:
     assert scales_of(low, torch.tensor([0.5, math.inf, 0.0]), 127) is None
 
 
-def test_a_subclass_of_module_keeps_its_hooks() -> None:
+def test_hooks_of_a_quantizer_run() -> None:
     quantizer, seen = TensorQuantizer(WEIGHT, 4), []
     quantizer.register_forward_hook(lambda *_: seen.append(1))
     quantizer(nn.Linear(3, 4).weight)

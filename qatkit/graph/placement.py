@@ -6,7 +6,6 @@ from qatkit.config import QuantConfig
 from qatkit.errors import QatkitError
 from qatkit.graph.capture import Capture
 from qatkit.graph.folds import find_folds
-from qatkit.graph.fused_activations import find_fused_activations
 from qatkit.graph.joins import read_gates, read_joins, read_pools
 from qatkit.graph.layers import name_unreached, read_layers
 from qatkit.graph.levels import Levels
@@ -49,17 +48,15 @@ def place(capture: Capture, config: QuantConfig) -> Plan:
     if config.unsigned_activations:
         nonnegative = nonnegative_values(capture)
         quantizers = with_unsigned(quantizers, sharing.values, groups, nonnegative, reading.backend)
-    layers = _layers(reading, sharing, find_folds(capture))
     return Plan(
         config,
-        layers,
+        _layers(reading, sharing, find_folds(capture)),
         quantizers,
         tuple(sharing.blocks),
         groups,
         (*reading.skipped, *sharing.skipped),
         len(capture.root.template[1]) - 1,
         tuple(sharing.interceptions),
-        find_fused_activations(capture, layers, quantizers, sharing.values, groups),
     )
 
 

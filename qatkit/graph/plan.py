@@ -76,19 +76,6 @@ class LayerPlan:
 
 
 @dataclass(frozen=True)
-class FusedActivation:
-    """An activation that can do the work of the one quantizer that reads its result.
-
-    Attributes:
-        path: path of the activation.
-        quantizer: path of the quantizer.
-    """
-
-    path: str
-    quantizer: str
-
-
-@dataclass(frozen=True)
 class Skip:
     """Something that stays float, and why."""
 
@@ -109,7 +96,6 @@ class Plan:
         groups: paths of quantizers that share a scale.
         skipped: what stays float and why.
         arguments: how many positional arguments the example inputs were.
-        fused: activations that do the work of the quantizer behind them.
     """
 
     config: QuantConfig
@@ -120,7 +106,6 @@ class Plan:
     skipped: tuple[Skip, ...]
     arguments: int = 1
     interceptions: tuple[InterceptionPlan, ...] = ()
-    fused: tuple[FusedActivation, ...] = ()
 
     @property
     def changed(self) -> tuple[BlockPlan | InterceptionPlan, ...]:
@@ -162,7 +147,6 @@ class Plan:
             skipped=tuple(Skip(**skip) for skip in fields["skipped"]),
             arguments=int(fields.get("arguments", 1)),
             interceptions=tuple(map(interception_from_dict, fields.get("interceptions", ()))),
-            fused=tuple(FusedActivation(**each) for each in fields.get("fused", ())),
         )
 
 

@@ -54,12 +54,7 @@ def fake_quantize(
     return portable.fake_quantize(x, scale, zero_point, quant_min, quant_max, axis)
 
 
-EVERYTHING = -math.inf, math.inf
-
-
-def fake_quantize_number(
-    x: Tensor, scale: float, low: int, high: int, bounds: tuple[float, float] = EVERYTHING
-) -> Tensor:
+def fake_quantize_number(x: Tensor, scale: float, low: int, high: int) -> Tensor:
     """Fake-quantize ``x``, float32, with one scale and a zero point of 0.
 
     Args:
@@ -67,10 +62,8 @@ def fake_quantize_number(
         scale: a number of float32 that has a reciprocal.
         low: the lowest code, not above 0.
         high: the highest code, not below 0.
-        bounds: clip ``x`` to them before, where it gets no gradient.
     """
-    below, above = first_outside(scale, low, high)
-    y = functional.hardtanh(x, max(below, bounds[0]), min(above, bounds[1]))
+    y = functional.hardtanh(x, *first_outside(scale, low, high))
     y.detach().mul_(reciprocal(scale)).round_().clamp_(low, high).mul_(scale)
     return y
 
@@ -137,28 +130,24 @@ def shrink(x_CM: Tensor, percentile: float) -> tuple[Tensor, Tensor]:
     return portable.shrink(x_CM, percentile)
 
 
-def shrink_row(
-    x_M: Tensor, percentile: float, bounds: tuple[float, float] = EVERYTHING
-) -> tuple[float, float] | None:
+def shrink_row(x_M: Tensor, percentile: float) -> tuple[float, float] | None:
     """Return the shrunk range of one row as float32 numbers, ``None`` where that takes more care.
 
     That is for a row that holds NaN or an infinity, is constant, or spans next to nothing or more
-    than float32 can add up: see `qatkit.kernels.portable.shrink`. The range is that of the row
-    clipped to ``bounds``; clipping keeps the order, so that a few numbers are clipped instead.
+    than float32 can add up: see `qatkit.kernels.portable.shrink`.
     """
     most = portable.droppable(len(x_M), percentile)
     if most == 0:
-        low, high = (_clipped(end.item(), bounds) for end in torch.aminmax(x_M))
+        low, high = (end.item() for end in torch.aminmax(x_M))
         return (low, high) if -_LARGEST <= low <= high <= _LARGEST else None
     block = portable.block_size(len(x_M), most)
     if block:
         blocks = len(x_M) // block
         whole, rest = (x_M, None) if len(x_M) % block == 0 else x_M.tensor_split([blocks * block])
         x_RB = whole.view(blocks, block)
-        low, left = _two_extremes(x_RB, rest, most + 1, bounds, largest=False)
-        high, right = _two_extremes(x_RB, rest, most + 1, bounds, largest=True)
+        low, left = _two_extremes(x_RB, rest, most + 1, largest=False)
+        high, right = _two_extremes(x_RB, rest, most + 1, largest=True)
     else:
-        x_M = x_M if bounds == EVERYTHING else x_M.clamp(*bounds)
         low, high = (end.item() for end in torch.aminmax(x_M))
     if not _SMALLEST_SPAN <= high - low <= _LARGEST:  # false for NaN too
         return None
@@ -186,22 +175,16 @@ def _bins_per_unit(low: float, high: float) -> np.float32:
     return factor
 
 
-def _clipped(number: float, bounds: tuple[float, float]) -> float:
-    return min(max(number, bounds[0]), bounds[1])  # NaN stays NaN
-
-
 def _two_extremes(
-    x_RB: Tensor, rest: Tensor | None, k: int, bounds: tuple[float, float], *, largest: bool
+    x_RB: Tensor, rest: Tensor | None, k: int, *, largest: bool
 ) -> tuple[float, float]:
     """Return the most extreme element and the ``k``-th of them; see `portable.extremes`."""
     peaks = (x_RB.amax(1) if largest else x_RB.amin(1)).numpy()
     end = float(peaks.max() if largest else peaks.min())
     if math.isnan(end):
         return end, end
-    limit = bounds[1] if largest else bounds[0]
-    count = np.count_nonzero(peaks >= min(end, limit) if largest else peaks <= max(end, limit))
-    if rest is None and count >= k:  # zeros behind a ReLU
-        return 2 * (_clipped(end, bounds),)
+    if rest is None and np.count_nonzero(peaks == end) >= k:  # zeros behind a ReLU
+        return end, end
     place = len(peaks) - k if largest else k - 1
     bound = np.partition(peaks, place)[place]  # k blocks have an element as extreme as this
     chosen = np.flatnonzero(peaks >= bound if largest else peaks <= bound)
@@ -210,7 +193,7 @@ def _two_extremes(
         candidates = np.concatenate([candidates, rest.numpy()])
     candidates = np.sort(candidates[candidates >= bound if largest else candidates <= bound])
     ends = (candidates[-1], candidates[-k]) if largest else (candidates[0], candidates[k - 1])
-    return _clipped(float(ends[0]), bounds), _clipped(float(ends[1]), bounds)
+    return float(ends[0]), float(ends[1])
 
 
 class _PerTensor(torch.autograd.Function):
