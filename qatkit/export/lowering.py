@@ -81,7 +81,8 @@ def _observe_computed_weights(
         for _, each in quantizers(model)
         if each.spec.memory == "latest" and each.observe != "never" and id(each) not in known
     ]
-    if not computed:
+    stale = any(weight.name not in weight.owner._parameters for weight in weights_of(model))
+    if not computed and not stale:
         return
     for quantizer in computed:
         quantizer.observe = "always"

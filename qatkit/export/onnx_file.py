@@ -104,11 +104,11 @@ def write_model(
     graph = _without(model.graph, "initializer").SerializeToString()
     sizes = [_size(tensor, tensor.name in values) for tensor in model.graph.initializer]
     total = len(graph) + sum(len(_header(_INITIALIZER, size)) + size for size in sizes)
-    if total > _MOST:
-        raise too_large("the file", ValueError(f"{total} bytes"))
+    head = _without(model, "graph").SerializeToString() + _header(_GRAPH, total)
+    if len(head) + total > _MOST:
+        raise too_large("the file", ValueError(f"{len(head) + total} bytes"))
     with path.open("wb") as file:
-        file.write(_without(model, "graph").SerializeToString())
-        file.write(_header(_GRAPH, total))
+        file.write(head)
         file.write(graph)
         for tensor, size in zip(model.graph.initializer, sizes, strict=True):
             file.write(_header(_INITIALIZER, size))
@@ -166,7 +166,8 @@ def _split(data: Any) -> tuple[ModelProto, dict[str, tuple[int, int]]]:
             if place is not None:
                 places[tensor.name] = place
     found = onnx.ModelProto.FromString(bytes(model))
-    found.graph.ParseFromString(bytes(graph))
+    if graph:
+        found.graph.ParseFromString(bytes(graph))
     return found, places
 
 

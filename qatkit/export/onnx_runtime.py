@@ -111,12 +111,13 @@ def _model_of(
 ) -> tuple[ModelProto, list[str], dict[str, Array]]:
     """Return a piece as a model, the outputs that are codes, and the inputs that are constants."""
     import onnx
-    from onnx import helper, numpy_helper
+    from onnx import TensorProto, helper, numpy_helper
 
     whole = file.model
     known = {value.name: value for value in (*whole.graph.input, *whole.graph.output)}
     read = {name for node in piece.nodes for name in read_by(node)}
     model = onnx.ModelProto(ir_version=whole.ir_version, opset_import=whole.opset_import)
+    model.functions.extend(whole.functions)
     graph = model.graph
     graph.name = "piece"
     graph.node.extend(piece.nodes)
@@ -136,7 +137,7 @@ def _model_of(
         if tensor.name not in read:
             continue
         kinds[tensor.name] = tensor.data_type
-        if tensor.name not in file.places:
+        if tensor.data_location != TensorProto.EXTERNAL:
             graph.initializer.append(tensor)
         elif tensor.name in grids:
             graph.initializer.append(numpy_helper.from_array(file.array(tensor), tensor.name))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -54,8 +54,8 @@ def cut(graph: GraphProto) -> list[Piece]:
 
     A piece ends where a node reads what a quantizer in it makes.
     """
-    fixed = _Fixed(graph)
     pairs = {q.output[0]: (q, dq) for q, dq in quantizer_pairs(graph)}
+    fixed = _Fixed(graph, pairs)
     groups: list[list[NodeProto]] = [[]]
     cuts: set[str] = set()
     for node in _in_order(graph, fixed, pairs):
@@ -108,13 +108,14 @@ class _Fixed:
         made: the second of these.
     """
 
-    def __init__(self, graph: GraphProto) -> None:
+    def __init__(self, graph: GraphProto, quantized: Container[str] = ()) -> None:
         self.names = {tensor.name for tensor in graph.initializer}
         self.made: set[str] = set()
         self._makers: dict[str, NodeProto] = {}
         self._order: dict[str, int] = {}
         for index, node in enumerate(graph.node):
-            if node.op_type.startswith("Random") or not read_by(node) <= self.names:
+            random = node.op_type.startswith("Random")
+            if random or node.output[0] in quantized or not read_by(node) <= self.names:
                 continue
             made = [name for name in node.output if name]
             self.names.update(made)

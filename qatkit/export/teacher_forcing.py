@@ -144,7 +144,9 @@ class Forcing:
                 "export the model again"
             )
         names = [value.name for value in self._file.model.graph.output]
-        return [self._own[name] for name in names], [self._forced[name] for name in names]
+        fixed = {name: self._values[name] for name in names if name in self._values}
+        own, forced = self._own | fixed, self._forced | fixed
+        return [own[name] for name in names], [forced[name] for name in names]
 
     def _run_ready(self) -> None:
         """Run pieces in the order of the file as far as what they read is there."""

@@ -12,10 +12,10 @@ from torch.nn import functional as F
 
 from qatkit.errors import QatkitError
 from qatkit.kernels.portable import along
-from qatkit.modes import training_flags
 from qatkit.nn import QuantConv1d, QuantConv2d, QuantLinear
 from qatkit.nn.quantized import QuantizedWeight
 from qatkit.ptq.report import Change, PtqReport
+from qatkit.ptq.restoring import restoring
 from qatkit.ptq.runs import Runs
 
 _POSITIONS = 64
@@ -59,8 +59,8 @@ def gptq(
         rounding each weight to the nearest code, and of the codes that were chosen.
 
     Raises:
-        QatkitError: the model has no quantizers, the data has no batches, or ``damping`` is not
-            positive.
+        QatkitError: the model has no quantizers, the data has no batches or is not finite, or
+            ``damping`` is not positive; the model is then as before.
 
     Source: Frantar et al. 2022 (arXiv:2210.17323).
 
@@ -76,9 +76,9 @@ def gptq(
     runs = Runs.read(model, data, batches, "gptq")
     if not damping > 0:
         raise QatkitError(f"gptq(damping={damping!r}): give a positive share, such as 0.01")
-    with training_flags(model.modules(), False), torch.no_grad():
+    with restoring(model), torch.no_grad():
         changes = [
-            Change(path, *_round(layer, _hessian(runs, layer, calls), damping))
+            Change(path, *_round(layer, _hessian(runs, path, layer, calls), damping))
             for path, layer, calls in _in_order(runs, bits_below)
         ]
     return PtqReport("gptq", "error of the output relative to the output", tuple(changes))
@@ -104,7 +104,7 @@ def _in_order(runs: Runs, bits_below: int) -> list[tuple[str, QuantizedWeight, i
     return [(path, layer, count) for (path, layer), count in calls.items()]
 
 
-def _hessian(runs: Runs, layer: QuantizedWeight, calls: int) -> Tensor:
+def _hessian(runs: Runs, path: str, layer: QuantizedWeight, calls: int) -> Tensor:
     """Return ``X X^T`` of what a layer reads: (groups, K, K) float64."""
     total: list[Tensor] = []
 
@@ -118,6 +118,8 @@ def _hessian(runs: Runs, layer: QuantizedWeight, calls: int) -> Tensor:
         runs.until(layer, calls)
     finally:
         handle.remove()
+    if not torch.isfinite(total[0]).all():
+        raise QatkitError(f"gptq: {path} reads NaN or infinity; give finite data")
     return total[0]
 
 

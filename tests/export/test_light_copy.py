@@ -47,7 +47,7 @@ def test_quantized_weights_are_shared_and_nothing_else():
         other = copy.get_parameter(name)
         assert other is not parameter
         assert torch.equal(other, parameter)
-        assert (other.data_ptr() == parameter.data_ptr()) == (name in weights)
+        assert torch._C._is_cow_tensor(other) == (name in weights)
     for name, buffer in model.named_buffers():
         assert copy.get_buffer(name).data_ptr() != buffer.data_ptr() or not buffer.numel()
     assert copy.head.weight is copy.tied.weight
@@ -75,6 +75,21 @@ def test_a_lowered_model_holds_codes_of_one_byte():
     stored = [each for each in markers if each.stored is not None]
     assert len(stored) == 4
     assert {each.stored.dtype for each in stored} == {torch.int8}
-    assert lowered.head.weight.data_ptr() == model.head.weight.data_ptr()
+    assert torch._C._is_cow_tensor(lowered.head.weight)
     difference = (lowered(X) - model(X)).abs().max()
     assert difference <= 1e-5
+
+
+def test_a_forward_that_writes_to_its_weights_does_not_reach_the_model(tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(3, 4)
+    model = qatkit.prepare(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), x)
+    qatkit.calibrate(model, [x], progress=False)
+
+    def clip(layer, _):
+        layer.weight.data.clamp_(-0.1, 0.1)
+
+    model[0].register_forward_pre_hook(clip)
+    before = model[0].weight.detach().clone()
+    qatkit.export_onnx(model, x, str(tmp_path / "a.onnx"), verify=False)
+    assert torch.equal(model[0].weight, before)

@@ -174,3 +174,15 @@ def test_illegal(call, message: str) -> None:
     x = torch.randn(4, 6)
     with pytest.raises(QatkitError, match=re.escape(message)):
         call(prepared(nn.Sequential(nn.Linear(6, 3)), x), x)
+
+
+def test_data_that_are_not_finite_change_nothing() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(8, 6)
+    net = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3))
+    net = qatkit.prepare(net, x, QuantConfig(weight=WEIGHT.replace(num_bits=4)))
+    qatkit.calibrate(net, [x], progress=False)
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(QatkitError, match="0 reads NaN or infinity; give finite data"):
+        gptq(net, [x, x * float("nan")])
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
