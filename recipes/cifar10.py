@@ -296,7 +296,7 @@ def train_quantized(net: nn.Module, teacher: nn.Module, train: Images, knobs: Kn
     student: nn.Module = net
     if WORLD > 1:
         distributed.init_process_group("gloo")
-        student = DistributedDataParallel(net, find_unused_parameters=True)
+        student = DistributedDataParallel(net)
     with tqdm(total=steps, desc="training", leave=False, disable=True if RANK else None) as bar:
         for _ in range(knobs.epochs):
             order = torch.randperm(len(train), generator=random)

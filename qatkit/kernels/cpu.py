@@ -186,11 +186,12 @@ def _two_extremes(
     if rest is None and np.count_nonzero(peaks == end) >= k:  # zeros behind a ReLU
         return end, end
     place = len(peaks) - k if largest else k - 1
-    bound = np.partition(peaks, place)[place]  # k blocks have an element as extreme as this
-    chosen = np.flatnonzero(peaks >= bound if largest else peaks <= bound)
+    order = np.argpartition(peaks, place)
+    chosen = order[place:] if largest else order[:k]  # these blocks hold the k elements
     candidates = x_RB.numpy()[chosen].ravel()
     if rest is not None:
         candidates = np.concatenate([candidates, rest.numpy()])
+    bound = peaks[order[place]]
     candidates = np.sort(candidates[candidates >= bound if largest else candidates <= bound])
     ends = (candidates[-1], candidates[-k]) if largest else (candidates[0], candidates[k - 1])
     return float(ends[0]), float(ends[1])

@@ -24,12 +24,21 @@ def test_block_extremes_are_the_extremes(k, largest):
     assert torch.equal(portable.extremes(x, k, 32, largest=largest), want)
 
 
-@pytest.mark.parametrize("percentile", [0.3, 1.0, 20.0, 49.0])
+@pytest.mark.parametrize("percentile", [0.01, 0.1, 0.3, 1.0, 20.0, 49.0])
 @pytest.mark.parametrize("count", [3000, 70001])
 def test_counting_gives_the_bins_of_the_histogram(percentile: float, count: int) -> None:
     torch.manual_seed(0)
     x = torch.randn(count)
     odd = [x.sort().values, torch.cat([torch.zeros(count), x]), torch.randint(0, 5, (count,)) - 2.0]
-    for row in (x, x.relu(), x * 1e-5 + 3, x * 1e6, x.abs().pow(4), *odd):
+    for row in (
+        x,
+        x.relu(),
+        x.relu()[1:],
+        (-x).relu().neg()[3:],
+        x * 1e-5 + 3,
+        x * 1e6,
+        x.abs().pow(4),
+        *odd,
+    ):
         expected = portable.shrink(row[None], percentile)
         assert cpu.shrink_row(row, percentile) == (expected[0].item(), expected[1].item())
