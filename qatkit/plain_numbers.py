@@ -15,11 +15,9 @@ from torch import Tensor
 from qatkit.kernels import cpu
 from qatkit.kernels.layout import dense_order, rows
 from qatkit.kernels.portable import LARGEST_SCALE, SMALLEST_SCALE
-from qatkit.observers import OBSERVERS, update_numbers
+from qatkit.observers import OBSERVERS, percentile_of, update_numbers
+from qatkit.observers.eager import State
 from qatkit.spec import QuantSpec
-
-_EXTREMES = {"shrink", "minmax", "ema", "average"}
-State = tuple[Tensor, Tensor, Tensor]
 
 
 def knows_activation(spec: QuantSpec) -> bool:
@@ -28,7 +26,7 @@ def knows_activation(spec: QuantSpec) -> bool:
     >>> knows_activation(QuantSpec()), knows_activation(QuantSpec(observer="sigma"))
     (True, False)
     """
-    kind = spec.axis is None and spec.observer in _EXTREMES and spec.memory == "running"
+    kind = spec.axis is None and spec.memory == "running" and percentile_of(spec) is not None
     return kind and _plain(spec)
 
 
@@ -50,12 +48,11 @@ def observed_range(x: Tensor, state: State, spec: QuantSpec) -> tuple[float, flo
     """Estimate the range of ``x``, remember it, and return the remembered range.
 
     Args:
-        x: any shape and memory format, float32, without gradient.
+        x: any shape and memory format, float32, not empty, without gradient.
         state: buffers ``(min, max, count)``: () float32 twice, () int64.
         spec: one that `knows_activation`.
     """
-    percentile = spec.percentile if spec.observer == "shrink" else 0.0
-    found = cpu.shrink_row(dense_order(x), percentile) if x.numel() else None
+    found = cpu.shrink_row(dense_order(x), percentile_of(spec) or 0.0)
     if found is None:
         return None
     return update_numbers(OBSERVERS[spec.observer].remember, state, found, spec)

@@ -281,8 +281,7 @@ class TensorQuantizer(nn.Module):
         elif is_recomputing() or may_be_recomputed() or self._asks_other_ranks:
             return None
         else:
-            state = self.min_val, self.max_val, self.num_batches
-            found = observed_range(x.detach(), state, spec)
+            found = observed_range(x.detach(), self._state, spec)
             if found is None:
                 return None
             self._has_range = True
@@ -302,10 +301,7 @@ class TensorQuantizer(nn.Module):
 
     def _remember_rows(self, ranges: Range) -> None:
         if self.observing and not is_recomputing():
-            self.min_val.copy_(ranges[0])
-            self.max_val.copy_(ranges[1])
-            self.num_batches.add_(1)
-            self._has_range = True
+            self._remember(*ranges)
 
     def _quantized_rows(self, x: Tensor, scales: Tensor) -> Tensor:
         spec = self.spec
@@ -397,7 +393,7 @@ class TensorQuantizer(nn.Module):
             high: upper end.
             called: () bool, whether any rank saw a tensor; nothing changes else.
         """
-        state = self.min_val, self.max_val, self.num_batches
+        state = self._state
         before, had_range = [buffer.clone() for buffer in state], self._has_range
         self._remember(low, high)
         for buffer, old in zip(state, before, strict=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from qatkit.observers.eager import remember, saw_nothing
+from qatkit.observers.estimators import percentile_of
 from qatkit.observers.learned import (
     Grid,
     gradient_of,
@@ -37,6 +38,7 @@ __all__ = [
     "is_empty",
     "names_of",
     "observe",
+    "percentile_of",
     "range_of",
     "remember",
     "saw_nothing",

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from qatkit import kernels
+from qatkit.observers.estimators import percentile_of
 from qatkit.observers.memory import update
 from qatkit.observers.observer import Range
 from qatkit.observers.registry import OBSERVERS
@@ -13,12 +14,10 @@ from qatkit.spec import QuantSpec
 
 State = tuple[Tensor, Tensor, Tensor]
 
-_ON_DEVICE = ("shrink", "minmax", "ema", "average")
-
 
 def observe(x: Tensor, state: State, spec: QuantSpec) -> Range:
     """Return the range of ``x``, which joins the remembered one; see `qatkit.observers.observe`."""
-    if x.numel() and kernels.is_gpu(x) and spec.observer in _ON_DEVICE:
+    if x.numel() and kernels.is_gpu(x) and percentile_of(spec) is not None:
         return _observe_on_device(x, state, spec)
     low, high = OBSERVERS[spec.observer].estimate(x, spec)
     if not saw_nothing(x, high):
@@ -40,7 +39,7 @@ def _observe_on_device(x: Tensor, state: State, spec: QuantSpec) -> Range:
     """Do the same in three kernels."""
     from qatkit.kernels import gpu
 
-    percentile = spec.percentile if spec.observer == "shrink" else 0.0
+    percentile = percentile_of(spec) or 0.0
     return gpu.observe(x, state, percentile, spec.axis, gpu.Join(*join_of(spec)))
 
 

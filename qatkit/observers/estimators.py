@@ -11,6 +11,17 @@ from qatkit.observers.observer import Range
 from qatkit.spec import QuantSpec
 
 
+def percentile_of(spec: QuantSpec) -> float | None:
+    """Return the percentile that the observer cuts, ``None`` where the extremes are not enough.
+
+    >>> percentile_of(QuantSpec()), percentile_of(QuantSpec(observer="ema"))
+    (0.01, 0.0)
+    """
+    if spec.observer == "shrink":
+        return spec.percentile
+    return 0.0 if spec.observer in ("minmax", "ema", "average") else None
+
+
 def estimate_shrink(x: Tensor, spec: QuantSpec) -> Range:
     """Return the range without the outermost ``spec.percentile`` percent on each side."""
     return shrink_range(x, spec.percentile, axis=spec.axis)
