@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qatkit.functional.scales import symmetric_scale
 from qatkit.kernels import cpu
 from qatkit.kernels.layout import dense_order, rows
 from qatkit.kernels.portable import LARGEST_SCALE, SMALLEST_SCALE
@@ -79,18 +80,15 @@ def ranges_of_rows(w: Tensor) -> tuple[Tensor, Tensor]:
     return w_CM.amin(1), w_CM.amax(1)
 
 
-def scales_of(low: Tensor, high: Tensor, quant_max: int) -> Tensor | None:
+def scales_of(low: Tensor, high: Tensor, spec: QuantSpec) -> Tensor | None:
     """Return the scales for the ranges of rows, ``None`` if one is not finite.
 
     Args:
         low: (C,) float32, on the CPU.
         high: the same.
-        quant_max: the highest code.
+        spec: one that `knows_weight`.
     """
-    scale = np.maximum(-low.numpy(), high.numpy())
-    scale /= np.float32(quant_max)
-    if not (scale.min() >= SMALLEST_SCALE and scale.max() <= LARGEST_SCALE):
-        if not np.isfinite(scale).all():
-            return None
-        scale[(scale < SMALLEST_SCALE) | (scale > LARGEST_SCALE)] = 1
-    return torch.from_numpy(scale)
+    ends = low.numpy(), high.numpy()
+    if not all(np.isfinite(end).all() for end in ends):
+        return None
+    return torch.from_numpy(symmetric_scale(*ends, spec))

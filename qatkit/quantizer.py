@@ -293,7 +293,7 @@ class TensorQuantizer(nn.Module):
         if not self.is_plain_weight(x):
             return None
         ranges = self.ranges_of_rows(x)
-        scales = scales_of(*ranges, self.spec.quant_max)
+        scales = scales_of(*ranges, self.spec)
         if scales is None:
             return None
         self._remember_rows(ranges)

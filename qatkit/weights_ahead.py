@@ -50,15 +50,15 @@ def _start(model: nn.Module, *_: Any) -> None:
             and quantizer.is_plain_weight(parameter)
         ):
             together.setdefault(quantizer.spec.quant_max, []).append((quantizer, parameter))
-    for quant_max, members in together.items():
-        _quantize_together(members, quant_max)
+    for members in together.values():
+        _quantize_together(members)
 
 
-def _quantize_together(members: list[tuple[TensorQuantizer, Tensor]], quant_max: int) -> None:
-    """Compute the scales of all weights at once."""
+def _quantize_together(members: list[tuple[TensorQuantizer, Tensor]]) -> None:
+    """Compute the scales of all weights, with the same highest code, at once."""
     ranges = [quantizer.ranges_of_rows(parameter) for quantizer, parameter in members]
     low, high = (torch.cat(ends) for ends in zip(*ranges, strict=True))
-    scales = scales_of(low, high, quant_max)
+    scales = scales_of(low, high, members[0][0].spec)
     if scales is None:
         return
     parts = scales.split_with_sizes([len(ends[0]) for ends in ranges])

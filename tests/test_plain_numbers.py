@@ -107,9 +107,9 @@ def test_few_rows_outside_a_frozen_range() -> None:
 
 def test_scales_like_the_general_ones() -> None:
     low, high = torch.tensor([-1.0, 0.0, -1e-44]), torch.tensor([0.5, 0.0, 1e-44])
-    assert scales_of(low, high, 127).tolist() == [scale_of(-1, 0.5, WEIGHT), 1.0, 1.0]
-    assert scales_of(low, torch.tensor([0.5, math.nan, 0.0]), 127) is None
-    assert scales_of(low, torch.tensor([0.5, math.inf, 0.0]), 127) is None
+    assert scales_of(low, high, WEIGHT).tolist() == [scale_of(-1, 0.5, WEIGHT), 1.0, 1.0]
+    assert scales_of(low, torch.tensor([0.5, math.nan, 0.0]), WEIGHT) is None
+    assert scales_of(low, torch.tensor([0.5, math.inf, 0.0]), WEIGHT) is None
 
 
 def test_hooks_of_a_quantizer_run() -> None:
