@@ -34,7 +34,7 @@ setup(
     packages=find_packages(include=["qatkit", "qatkit.*"]),
     package_data={"qatkit": ["py.typed"]},
     zip_safe=False,
-    install_requires=["torch>=2.6", "numpy"],
+    install_requires=["torch>=2.6", "numpy", "numba>=0.60"],
     extras_require={
         "onnx": ONNX,
         "vision": VISION,

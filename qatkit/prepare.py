@@ -29,7 +29,6 @@ from qatkit.nn.weights import weights_of
 from qatkit.quantizer import TensorQuantizer, share_range
 from qatkit.ranks import require_whole
 from qatkit.synchronize import RangeSynchronizer
-from qatkit.weights_ahead import quantize_weights_ahead
 
 _PLAN = "_qatkit_plan"
 
@@ -154,7 +153,6 @@ def apply_plan(wanted: Plan, model: nn.Module) -> None:
         for module in modules.values():
             avoid_fast_path(module)
         _synchronize(wanted, model)
-        quantize_weights_ahead(model)
         for interception in wanted.interceptions:
             intercept(modules[interception.path], interception)
     except BaseException:

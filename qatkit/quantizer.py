@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from qatkit import kernels
 from qatkit.errors import QatkitError
 from qatkit.functional import (
     fake_quantize,
@@ -18,7 +17,7 @@ from qatkit.functional import (
     qparams,
 )
 from qatkit.kernels import is_eager_cpu, is_gpu
-from qatkit.kernels.cpu import fake_quantize_number
+from qatkit.kernels.cpu import Watched, fake_quantize_in_range, observe_and_quantize
 from qatkit.observers import (
     OBSERVERS,
     Grid,
@@ -30,14 +29,7 @@ from qatkit.observers import (
     translated,
     update,
 )
-from qatkit.plain_numbers import (
-    knows_activation,
-    knows_weight,
-    observed_range,
-    ranges_of_rows,
-    scale_of,
-    scales_of,
-)
+from qatkit.plain_numbers import knows_activation, knows_weight, quantize_weight
 from qatkit.ranks import range_of_parts, stacked_over_ranks, world_size
 from qatkit.recompute import UsedRanges, is_recomputing, may_be_recomputed
 from qatkit.spec import QuantSpec
@@ -48,15 +40,6 @@ NO_RANGE = (
     "a quantizer without a range passes its input through unquantized; "
     "run qatkit.calibrate(model, data) first, qatkit.summary(model) lists them"
 )
-
-
-class _Ahead(NamedTuple):
-    """A weight that was quantized before its layer runs, and what that depended on."""
-
-    source: Tensor
-    key: tuple[int, int, QuantSpec, Observe]
-    ranges: Range
-    result: Tensor
 
 
 class TensorQuantizer(nn.Module):
@@ -102,7 +85,6 @@ class TensorQuantizer(nn.Module):
     max_val: Tensor
     num_batches: Tensor
 
-    _ahead: _Ahead | None = None
     _trained: ClassVar[type[TensorQuantizer]]
     """The class that trains its range."""
 
@@ -202,9 +184,7 @@ class TensorQuantizer(nn.Module):
             at: (n,) their indices.
         """
         if part is None and not torch.compiler.is_compiling():
-            quantized = self._taken_ahead(x) if self._ahead else None
-            if quantized is None:
-                quantized = self._in_plain_numbers(x)
+            quantized = self._in_plain_numbers(x)
             if quantized is not None:
                 return quantized
         wanted = x if part is None else part
@@ -223,38 +203,6 @@ class TensorQuantizer(nn.Module):
             grid = grid.at(at)
         return self._on_grid(wanted, grid)
 
-    def is_plain_weight(self, x: Tensor) -> bool:
-        """Whether `ranges_of_rows` and `quantize_ahead` are for this quantizer and weight."""
-        ranged = self.observe != "never" or self.calibrated
-        return ranged and knows_weight(self.spec) and self._is_plain(x)
-
-    def ranges_of_rows(self, x: Tensor) -> Range:
-        """Return the range of each row of a weight, that of the row or the frozen one."""
-        if self.observe == "never":
-            return self.min_val, self.max_val
-        return ranges_of_rows(x.detach())
-
-    def quantize_ahead(self, x: Tensor, ranges: Range, scales: Tensor) -> None:
-        """Quantize a weight for the forward that follows; nothing is remembered before that.
-
-        Args:
-            x: the weight.
-            ranges: as `ranges_of_rows` gives them.
-            scales: (channels,) float32, those of the ranges.
-        """
-        key = x._version, x.data_ptr(), self.spec, self.observe
-        self._ahead = _Ahead(x, key, ranges, self._quantized_rows(x, scales))
-
-    def _taken_ahead(self, x: Tensor) -> Tensor | None:
-        """Return what was quantized ahead, once, if weight and quantizer are as they were."""
-        ahead, self._ahead = self._ahead, None
-        if ahead is None or ahead.source is not x or not self.quantize or may_be_recomputed():
-            return None
-        if ahead.key != (x._version, x.data_ptr(), self.spec, self.observe):
-            return None
-        self._remember_rows(ahead.ranges)
-        return ahead.result
-
     def _is_plain(self, x: Tensor) -> bool:
         return (
             self.quantize
@@ -268,46 +216,29 @@ class TensorQuantizer(nn.Module):
 
     def _in_plain_numbers(self, x: Tensor) -> Tensor | None:
         """Do the same the short way where nothing is out of the ordinary, else return ``None``."""
-        if knows_activation(self.spec):
-            return self._plain_activation(x) if self._is_plain(x) else None
-        return self._plain_weight(x)
+        watched = knows_activation(self.spec)
+        if watched is not None:
+            return self._plain_activation(x, watched) if self._is_plain(x) else None
+        if not (knows_weight(self.spec) and self._is_plain(x)):
+            return None
+        frozen = self.observe == "never"
+        if frozen and not self.calibrated:
+            return None
+        observing = self.observing and not is_recomputing()
+        quantized = quantize_weight(x, self._state, self.spec, own=not frozen, watched=observing)
+        self._has_range = self._has_range or (observing and quantized is not None)
+        return quantized
 
-    def _plain_activation(self, x: Tensor) -> Tensor | None:
-        spec = self.spec
+    def _plain_activation(self, x: Tensor, watched: Watched) -> Tensor | None:
         if not self.observing:
             if not self.calibrated:
                 return None
-            low, high = self.min_val.item(), self.max_val.item()
-        elif is_recomputing() or may_be_recomputed() or self._asks_other_ranks:
+            return fake_quantize_in_range(x, self.min_val, self.max_val, watched)
+        if is_recomputing() or may_be_recomputed() or self._asks_other_ranks:
             return None
-        else:
-            found = observed_range(x.detach(), self._state, spec)
-            if found is None:
-                return None
-            self._has_range = True
-            low, high = found
-        scale = scale_of(low, high, spec)
-        return fake_quantize_number(x, scale, spec.quant_min, spec.quant_max)
-
-    def _plain_weight(self, x: Tensor) -> Tensor | None:
-        if not self.is_plain_weight(x):
-            return None
-        ranges = self.ranges_of_rows(x)
-        scales = scales_of(*ranges, self.spec)
-        if scales is None:
-            return None
-        self._remember_rows(ranges)
-        return self._quantized_rows(x, scales)
-
-    def _remember_rows(self, ranges: Range) -> None:
-        if self.observing and not is_recomputing():
-            self._remember(*ranges)
-
-    def _quantized_rows(self, x: Tensor, scales: Tensor) -> Tensor:
-        spec = self.spec
-        if self.observe == "never":
-            return kernels.fake_quantize(x, scales, 0, spec.quant_min, spec.quant_max, 0)
-        return kernels.fake_quantize_unclipped(x, scales, 0)
+        quantized = observe_and_quantize(x, self._state, watched)
+        self._has_range = self._has_range or quantized is not None
+        return quantized
 
     def unobserved(self, x: Tensor) -> Tensor:
         """Return ``x`` on the grid that there is, or as it is while there is none.
@@ -408,10 +339,6 @@ class TensorQuantizer(nn.Module):
         self._has_range = False
         if self.spec.fixed_range is not None:
             self.set_range(*self.spec.fixed_range)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out what only the forward under way needs."""
-        return {name: value for name, value in self.__dict__.items() if name != "_ahead"}
 
     def extra_repr(self) -> str:
         """Show the grid and the state."""

@@ -24,7 +24,6 @@ LAYERS = (
     ("graph",),
     (
         "synchronize",
-        "weights_ahead",
         "prepare",
         "batches",
         "calibration_report",
@@ -48,8 +47,8 @@ LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names}
 # inside the function that needs it.
 CORE = sys.stdlib_module_names | {"torch", "numpy", "qatkit"}
 
-# The GPU kernels may import triton; in return nothing may import them before they are needed.
-GPU = "qatkit.kernels.gpu"
+# These may import a compiler; in return nothing may import them before they are needed.
+COMPILERS = {"qatkit.kernels.gpu": "triton", "qatkit.kernels.loops": "numba"}
 
 
 @dataclass(frozen=True)
@@ -118,6 +117,11 @@ def part(module: str) -> str:
     return [*module.split("."), ""][1]
 
 
+def _compiled_part(module: str) -> str:
+    """Return the part of `COMPILERS` that a module belongs to, or nothing."""
+    return next((name for name in COMPILERS if f"{module}.".startswith(f"{name}.")), "")
+
+
 def violations(root: Path) -> list[str]:
     """Return one line for each broken rule of the package at ``root``."""
     remedy = f"give it a place in LAYERS of {Path(__file__).name}"
@@ -130,10 +134,9 @@ def violations(root: Path) -> list[str]:
     graph: dict[str, set[str]] = {}
     for each in imports(root):
         top = each.target.split(".")[0]
-        inside_gpu = f"{each.source}.".startswith(f"{GPU}.")
-        if f"{each.target}.".startswith(f"{GPU}.") and not (each.lazy or inside_gpu):
-            broken.append(f"{each} at import time: import it inside the function that uses it")
-        if top not in CORE and not each.lazy and not (top == "triton" and inside_gpu):
+        home, goal = _compiled_part(each.source), _compiled_part(each.target)
+        foreign = top not in CORE and COMPILERS.get(home) != top
+        if not each.lazy and (foreign or (goal and goal != home)):
             broken.append(f"{each} at import time: import it inside the function that uses it")
         if top != root.name or each.source == root.name:
             continue
@@ -201,6 +204,8 @@ BAD = {
     "heavy, from": ("cli.py", "from torchvision.models import resnet18", "at import time"),
     "heavy, tried": ("cli.py", "try:\n    import tqdm\nexcept ImportError:\n    pass", "cli:2"),
     "triton outside": ("nn/conv.py", "import triton", "conv:1 imports triton at import time"),
+    "numba outside": ("nn/conv.py", "import numba", "conv:1 imports numba at import time"),
+    "loops": ("nn/conv.py", "import qatkit.kernels.loops", "kernels.loops at import time"),
     "gpu kernels": ("nn/conv.py", "from qatkit.kernels import gpu", "kernels.gpu at import time"),
     "heavy, in a class": ("cli.py", "class C:\n    import safetensors", "cli:2"),
     "heavy, else": ("cli.py", IF_TYPES + "pass\nelse:\n    import onnx", "cli:5 imports onnx at"),

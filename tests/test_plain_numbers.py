@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from qatkit import QuantSpec
+from qatkit.functional import qparams
 from qatkit.kernels import cpu, portable
-from qatkit.plain_numbers import knows_activation, knows_weight, scale_of, scales_of
+from qatkit.plain_numbers import knows_activation, knows_weight
 from qatkit.quantizer import TensorQuantizer
 
 WEIGHT = QuantSpec(axis=0, observer="minmax", narrow_range=True, memory="latest")
@@ -106,10 +107,15 @@ def test_few_rows_outside_a_frozen_range() -> None:
 
 
 def test_scales_like_the_general_ones() -> None:
-    low, high = torch.tensor([-1.0, 0.0, -1e-44]), torch.tensor([0.5, 0.0, 1e-44])
-    assert scales_of(low, high, WEIGHT).tolist() == [scale_of(-1, 0.5, WEIGHT), 1.0, 1.0]
-    assert scales_of(low, torch.tensor([0.5, math.nan, 0.0]), WEIGHT) is None
-    assert scales_of(low, torch.tensor([0.5, math.inf, 0.0]), WEIGHT) is None
+    low = torch.tensor([-1.0, 0.0, -1e-44, -3e38, 0.1])
+    high = torch.tensor([0.5, 0.0, 1e-44, 3e38, 0.3])
+    w = torch.randn(5, 7)
+    scale, zero_point = qparams(low, high, WEIGHT)
+    expected = portable.fake_quantize(w, scale, zero_point, -127, 127, 0)
+    assert torch.equal(cpu.fake_quantize_rows_in_ranges(w, low, high, -127, 127), expected)
+    for odd in (math.nan, math.inf):
+        high[3] = odd
+        assert cpu.fake_quantize_rows_in_ranges(w, low, high, -127, 127) is None
 
 
 def test_hooks_of_a_quantizer_run() -> None:

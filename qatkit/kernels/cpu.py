@@ -2,22 +2,26 @@
 
 | step | passes over x |
 |---|---|
-| fake quantize, forward | 4 to 5, all but the first in place on one buffer |
-| fake quantize, backward | 1, on x itself per-tensor, on x / scale per-channel |
-| shrink, small percentile | 2 over x, the rest on a few blocks |
-| shrink, large percentile | 1 over x, then about 4 that count |
+| fake quantize, forward | 1, or 2 on a small tensor |
+| fake quantize, backward | 1; none for rows of which no element is outside the grid |
+| shrink, small percentile | 1 over x, the rest on a few blocks |
+| shrink, large percentile | 2 over x |
 
-With one scale the gradient of fake quantization is that of ``clip(x)``, and with a grid that holds
-all of x that of ``clone(x)``. So PyTorch records only this first pass, and the others write to its
-result unseen: no `torch.autograd.Function` has to come back to Python, which costs more than small
-tensors themselves.
+The passes are the loops of `qatkit.kernels.loops`. Where Numba is not installed, tensor operations
+do the same in more passes (`round_clamp`), or the portable kernels do.
+
+A `torch.autograd.Function` comes back to Python in the backward pass, which costs more than a small
+tensor itself. With one scale the gradient of fake quantization is that of ``clip(x)``, and with a
+grid that holds all of x that of ``clone(x)``: PyTorch records only this, and what is computed is
+written to its result unseen.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from types import ModuleType
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -25,8 +29,51 @@ from torch import Tensor
 from torch.nn import functional
 
 from qatkit.kernels import portable
-from qatkit.kernels.counting import ends_of_tails
+from qatkit.kernels.layout import dense_order, is_dense
 from qatkit.kernels.portable import along
+from qatkit.kernels.threads import in_threads, pieces
+
+_Array: TypeAlias = "np.ndarray[Any, Any]"
+State: TypeAlias = tuple[Tensor, Tensor, Tensor]
+_SMALL = 2**18
+"""Elements for which a second pass is cheaper than a backward pass in Python."""
+_LARGEST = float(np.finfo(np.float32).max)
+_FEW = 4
+"""One element of so many may be listed as being outside the grid."""
+_SHORT = 8
+"""Rows with fewer elements are not worth a loop each."""
+
+
+class Watched(NamedTuple):
+    """What a quantizer of activations does, in numbers.
+
+    Attributes:
+        percentile: percent of the elements that may be cut on each side.
+        rule: ``blend``, ``extremes`` or ``latest``: how a range joins the remembered one.
+        least: the smallest weight of a new range, for ``blend``.
+        greatest: the largest one.
+        signed: whether there are codes below 0.
+        low: the lowest code, not above 0.
+        high: the highest code, not below 0.
+    """
+
+    percentile: float
+    rule: str
+    least: float
+    greatest: float
+    signed: bool
+    low: int
+    high: int
+
+
+@functools.cache
+def _loops() -> ModuleType | None:
+    """Return the compiled loops, ``None`` without Numba; imported with the first tensor."""
+    try:
+        from qatkit.kernels import loops
+    except ImportError:
+        return None
+    return loops
 
 
 def fake_quantize(
@@ -47,10 +94,10 @@ def fake_quantize(
             return _apply(_PerTensor, x, value, low, high)
     elif isinstance(scale, Tensor) and not isinstance(zero_point, Tensor):
         low, high = quant_min - zero_point, quant_max - zero_point
-        result = _rows_hardly_clipped(x, scale, low, high) if axis == 0 else None
+        result = _fake_quantize_rows(x, scale, low, high, axis)
         if result is not None:
             return result
-        return _apply(_PerChannel, x, along(scale, x, axis), low, high)
+        return _apply(_PerChannel, x, along(scale, x, axis), low, high, None)
     return portable.fake_quantize(x, scale, zero_point, quant_min, quant_max, axis)
 
 
@@ -63,9 +110,67 @@ def fake_quantize_number(x: Tensor, scale: float, low: int, high: int) -> Tensor
         low: the lowest code, not above 0.
         high: the highest code, not below 0.
     """
-    y = functional.hardtanh(x, *first_outside(scale, low, high))
-    y.detach().mul_(reciprocal(scale)).round_().clamp_(low, high).mul_(scale)
+    if not _needs_gradient(x):
+        return round_clamp(x, reciprocal(scale), scale, low, high)
+    if x.numel() > _SMALL:
+        return _apply(_PerTensor, x, scale, low, high)
+    return _fake_quantize_inside(x, scale, low, high, first_outside(scale, low, high))
+
+
+def _fake_quantize_inside(
+    x: Tensor, scale: float, low: int, high: int, bounds: tuple[float, float]
+) -> Tensor:
+    """Fake-quantize a tensor whose gradient passes inside ``bounds``."""
+    y = functional.hardtanh(x, *bounds)
+    _round_clamp(y, y, scale, low, high)
     return y
+
+
+def observe_and_quantize(x: Tensor, state: State, watched: Watched) -> Tensor | None:
+    """Estimate the range of ``x``, let it join the remembered one, and fake-quantize ``x``.
+
+    Args:
+        x: float32, not empty.
+        state: buffers ``(min, max, count)``: () float32 twice, () int64.
+        watched: the observer and the grid.
+
+    Returns:
+        The result. ``None``, with nothing remembered, where that takes more care, see `shrink_row`,
+        or several calls.
+    """
+    loops = _loops()
+    if loops is None or len(pieces(x.numel(), x.numel())) > 1:
+        return None
+    row = dense_order(x).contiguous()
+    most = portable.droppable(x.numel(), watched.percentile)
+    addresses = tuple(each.data_ptr() for each in state)
+    join = loops.RULES[watched.rule], watched.least, watched.greatest
+    codes = watched.signed, watched.low, watched.high
+    usual, *grid = loops.observe(row.data_ptr(), len(row), most, addresses, *join, *codes)
+    return _on_grid(x, watched, *grid) if usual else None
+
+
+def fake_quantize_in_range(x: Tensor, low: Tensor, high: Tensor, watched: Watched) -> Tensor | None:
+    """Fake-quantize ``x`` with a remembered range.
+
+    Args:
+        x: float32.
+        low: () float32.
+        high: () float32.
+        watched: the grid.
+    """
+    loops = _loops()
+    if loops is None:
+        return None
+    codes = watched.signed, watched.low, watched.high
+    return _on_grid(x, watched, *loops.grid(low.data_ptr(), high.data_ptr(), *codes))
+
+
+def _on_grid(x: Tensor, watched: Watched, scale: float, below: float, above: float) -> Tensor:
+    low, high = watched.low, watched.high
+    if _needs_gradient(x) and x.numel() <= _SMALL:
+        return _fake_quantize_inside(x, scale, low, high, (below, above))
+    return fake_quantize_number(x, scale, low, high)
 
 
 def fake_quantize_unclipped(x: Tensor, scale: Tensor | float, axis: int | None) -> Tensor:
@@ -79,43 +184,97 @@ def fake_quantize_unclipped(x: Tensor, scale: Tensor | float, axis: int | None) 
     return y
 
 
-def _rows_hardly_clipped(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor | None:
-    """Fake-quantize a weight of whose rows few reach outside the grid, else return ``None``.
+def fake_quantize_rows(x: Tensor, quant_max: int, state: State | None) -> Tensor | None:
+    """Fake-quantize each row with the symmetric grid that just covers it.
 
-    The extremes of the rows tell which; only those are searched for the elements outside. The
-    backward pass then sets a few elements to zero, or none, where `_PerChannel` compares them all.
+    Args:
+        x: (C, ...) float32, not empty.
+        quant_max: highest code; the lowest one is its opposite or below.
+        state: buffers ``(min, max, count)``: (C,) float32 twice, () int64; they get the extremes of
+            the rows and one more batch. ``None`` for nothing.
+
+    Returns:
+        The result. ``None`` where that takes more care or more passes; the remembered range means
+        nothing then, for it was that of an earlier tensor.
     """
-    order = sorted(range(x.dim()), key=x.stride, reverse=True)
-    if x.dtype != torch.float32 or x.numel() < _SMALL or order[0]:
+    loops, rows = _loops(), len(x)
+    length = x.numel() // rows
+    if loops is None or not _has_rows(x, 0, length):
         return None
-    x_CM = x.detach().permute(order).reshape(len(x), -1)
-    inverse = scale.reciprocal()
-    steps = [np.rint(end.numpy()) for end in (x_CM.amin(1) * inverse, x_CM.amax(1) * inverse)]
-    outside = np.flatnonzero(~((steps[0] >= low) & (steps[1] <= high)))
-    if not len(outside):
-        return fake_quantize_unclipped(x, scale, 0)
-    if _MANY * len(outside) > len(x):
+    y = _carrier(x)
+    data = x.data_ptr(), y.data_ptr()
+    ends = (0, 0) if state is None else (state[0].data_ptr(), state[1].data_ptr())
+
+    def part(some: slice) -> bool:
+        at = (address + 4 * some.start * length for address in data)
+        to = (address and address + 4 * some.start for address in ends)
+        finite: bool = loops.round_rows(*at, some.stop - some.start, length, quant_max, *to)
+        return finite
+
+    if not all(in_threads(part, pieces(x.numel(), rows))):
         return None
-    some = torch.from_numpy(outside)
-    codes = x_CM[some].mul_(inverse[some, None]).round_()
-    row, column = (~((codes >= low) & (codes <= high))).nonzero(as_tuple=True)
-    clipped = some[row] * x_CM.shape[1] + column
-    y = x.permute(order).reshape(-1).index_fill(0, clipped, 0.0)
-    y_CM = y.detach().view_as(x_CM)
-    y_CM.mul_(inverse[:, None]).round_().mul_(scale[:, None])
-    y_CM.view(-1)[clipped] = codes[row, column].clamp_(low, high).mul_(scale[some[row]])
-    back = sorted(range(x.dim()), key=order.__getitem__)
-    return y.view([x.shape[axis] for axis in order]).permute(back)
+    if state is not None:
+        state[2].add_(1)
+    return _with_gradient(x, y)
 
 
-_SMALL, _MANY = 2**16, 4  # elements for which `_PerChannel` is as fast; one row of so many
+def fake_quantize_rows_in_ranges(
+    x: Tensor, low: Tensor, high: Tensor, quant_min: int, quant_max: int
+) -> Tensor | None:
+    """Fake-quantize each row with the symmetric grid of its remembered range.
+
+    Args:
+        x: (C, ...) float32, not empty.
+        low: (C,) float32, contiguous.
+        high: (C,) float32, contiguous.
+        quant_min: lowest code, below 0.
+        quant_max: highest code.
+
+    Returns:
+        The result, ``None`` where that takes more care or more passes.
+    """
+    loops, length = _loops(), x.numel() // len(x)
+    if loops is None or not _has_rows(x, 0, length):
+        return None
+    y, places, scale = _carrier(x), _room(x), torch.empty_like(low)
+    ranges = low.data_ptr(), high.data_ptr(), scale.data_ptr()
+    codes, room = (quant_min, quant_max), (places.ctypes.data, len(places))
+    data = x.data_ptr(), y.data_ptr(), len(x), length
+    count = loops.round_rows_in_ranges(*data, *ranges, *codes, *room)
+    return None if count < 0 else _with_gradient_inside(x, y, places, count, scale, 0, codes)
+
+
+def _fake_quantize_rows(x: Tensor, scale: Tensor, low: int, high: int, axis: int) -> Tensor | None:
+    """Fake-quantize with a scale for each row, where the rows are parts of memory."""
+    loops, axis = _loops(), axis % x.dim()
+    length = math.prod(x.shape[axis + 1 :])
+    plain = x.dtype == torch.float32 and scale.dtype == torch.float32 and scale.is_contiguous()
+    if loops is None or not plain or length < _SHORT or not _has_rows(x, axis, length):
+        return None
+    y, places = _carrier(x), _room(x)
+    data = x.data_ptr(), y.data_ptr(), x.numel() // length, length, scale.data_ptr(), len(scale)
+    count = loops.round_clamp_rows(*data, low, high, places.ctypes.data, len(places))
+    return _with_gradient_inside(x, y, places, count, scale, axis, (low, high))
+
+
+def _has_rows(x: Tensor, axis: int, length: int) -> bool:
+    """Tell whether what is behind ``axis`` are runs of ``length`` elements in memory, in order."""
+    if not x.numel():
+        return False
+    if x.is_contiguous():
+        return True
+    return axis == 0 and is_dense(x) and (len(x) == 1 or x.stride(0) == length)
+
+
+def _room(x: Tensor) -> _Array:
+    """Return room for the places of the elements of ``x`` outside the grid."""
+    return np.empty(x.numel() // _FEW + 1 if _needs_gradient(x) else 0, np.int64)
 
 
 def shrink(x_CM: Tensor, percentile: float) -> tuple[Tensor, Tensor]:
     """Return the shrunk range of each row, (C,); see `qatkit.kernels.portable.shrink`.
 
-    The few numbers left after the passes over ``x_CM`` are worked on in NumPy, whose calls cost
-    less. Rows that hold anything unusual go the portable way.
+    Rows that hold anything unusual go the portable way.
     """
     channels, total = x_CM.shape
     if channels == 1:
@@ -135,66 +294,104 @@ def shrink_row(x_M: Tensor, percentile: float) -> tuple[float, float] | None:
 
     That is for a row that holds NaN or an infinity, is constant, or spans next to nothing or more
     than float32 can add up: see `qatkit.kernels.portable.shrink`.
+
+    Args:
+        x_M: (M,) float32, not empty.
+        percentile: percent of the row that may be cut on each side.
     """
-    most = portable.droppable(len(x_M), percentile)
-    if most == 0:
-        low, high = (end.item() for end in torch.aminmax(x_M))
-        return (low, high) if -_LARGEST <= low <= high <= _LARGEST else None
-    block = portable.block_size(len(x_M), most)
-    if block:
-        blocks = len(x_M) // block
-        whole, rest = (x_M, None) if len(x_M) % block == 0 else x_M.tensor_split([blocks * block])
-        x_RB = whole.view(blocks, block)
-        low, left = _two_extremes(x_RB, rest, most + 1, largest=False)
-        high, right = _two_extremes(x_RB, rest, most + 1, largest=True)
-    else:
-        low, high = (end.item() for end in torch.aminmax(x_M))
-    if not _SMALLEST_SPAN <= high - low <= _LARGEST:  # false for NaN too
+    loops = _loops()
+    if loops is None:
         return None
-    start, factor = np.float32(low), _bins_per_unit(low, high)
-    if block:
-        first = round(float((np.float32(left) - start) * factor))
-        last = round(float((np.float32(right) - start) * factor))
+    x_M, most = x_M.contiguous(), portable.droppable(len(x_M), percentile)
+    parts = pieces(len(x_M), len(x_M) // loops.BLOCK)
+    if len(parts) == 1:
+        usual, low, high = loops.shrink(x_M.data_ptr(), len(x_M), most)
     else:
-        first, last = ends_of_tails(x_M, start, factor, most)
-    back = np.float32(1) / factor
-    if first > 1:
-        low = max(low, float(np.float32(first - 1) * back + start))
-    if last < portable.LAST_BIN - 1:
-        high = min(high, float(np.float32(last + 1) * back + start))
-    return low, high
+        usual, low, high = _shrink_in_threads(x_M, most, parts, loops)
+    return (low, high) if usual else None
 
 
-_LARGEST = float(np.finfo(np.float32).max)
-_SMALLEST_SPAN = 2.0**-99  # below, the bins need scaling (`portable.bins`)
+def _shrink_in_threads(
+    x_M: Tensor, most: int, parts: list[slice], loops: ModuleType
+) -> tuple[bool, float, float]:
+    """Do the same, the pass over the whole row shared by several threads."""
+    blocks = parts[-1].stop * loops.LANES
+    peaks = torch.empty(2, blocks)
+    low, high = peaks[0].data_ptr(), peaks[1].data_ptr()
+
+    def find(part: slice) -> bool:
+        start = part.start * loops.BLOCK
+        stop = len(x_M) if part is parts[-1] else part.stop * loops.BLOCK
+        skip = 4 * part.start * loops.LANES
+        here, some = x_M.data_ptr() + 4 * start, (part.stop - part.start) * loops.LANES
+        finite: bool = loops.find_peaks(here, stop - start, low + skip, high + skip, some)
+        return finite
+
+    finite = all(in_threads(find, parts))
+    found: tuple[bool, float, float] = loops.shrink_from_peaks(
+        x_M.data_ptr(), len(x_M), most, low, high, blocks, finite
+    )
+    return found
 
 
-def _bins_per_unit(low: float, high: float) -> np.float32:
-    span = np.float32(high) - np.float32(low)
-    factor: np.float32 = np.float32(1) / span * np.float32(portable.LAST_BIN)
-    return factor
+def _needs_gradient(x: Tensor) -> bool:
+    return x.requires_grad and torch.is_grad_enabled()
 
 
-def _two_extremes(
-    x_RB: Tensor, rest: Tensor | None, k: int, *, largest: bool
-) -> tuple[float, float]:
-    """Return the most extreme element and the ``k``-th of them; see `portable.extremes`."""
-    peaks = (x_RB.amax(1) if largest else x_RB.amin(1)).numpy()
-    end = float(peaks.max() if largest else peaks.min())
-    if math.isnan(end):
-        return end, end
-    if rest is None and np.count_nonzero(peaks == end) >= k:  # zeros behind a ReLU
-        return end, end
-    place = len(peaks) - k if largest else k - 1
-    order = np.argpartition(peaks, place)
-    chosen = order[place:] if largest else order[:k]  # these blocks hold the k elements
-    candidates = x_RB.numpy()[chosen].ravel()
-    if rest is not None:
-        candidates = np.concatenate([candidates, rest.numpy()])
-    bound = peaks[order[place]]
-    candidates = np.sort(candidates[candidates >= bound if largest else candidates <= bound])
-    ends = (candidates[-1], candidates[-k]) if largest else (candidates[0], candidates[k - 1])
-    return float(ends[0]), float(ends[1])
+def _carrier(x: Tensor) -> Tensor:
+    """Return where the result for ``x`` is written; on small tensors it carries the gradient."""
+    return x.clone() if _needs_gradient(x) and x.numel() <= _SMALL else torch.empty_like(x)
+
+
+def _with_gradient(x: Tensor, y: Tensor) -> Tensor:
+    """Return what was written to a carrier with the gradient of ``x``."""
+    return _apply(_Straight, x, y, None) if _needs_gradient(x) and x.numel() > _SMALL else y
+
+
+def _with_gradient_inside(
+    x: Tensor,
+    y: Tensor,
+    places: _Array,
+    count: int,
+    scale: Tensor,
+    axis: int,
+    codes: tuple[int, int],
+) -> Tensor:
+    """Return the same, but without gradient to the elements outside the grid.
+
+    Args:
+        x: the tensor that was quantized.
+        y: its carrier.
+        places: of the first elements outside.
+        count: how many are outside.
+        scale: (C,).
+        axis: the axis of the scales.
+        codes: the lowest and the highest one.
+    """
+    if count == 0 or not _needs_gradient(x):
+        return _with_gradient(x, y)
+    if count <= len(places):
+        return _apply(_Straight, x, y, places[:count].copy())
+    return _apply(_PerChannel, x, along(scale, x, axis), *codes, y)
+
+
+class _Straight(torch.autograd.Function):
+    """The straight-through estimator for a result that is there already.
+
+    ``places`` are those of the elements that get no gradient, in the order of memory.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, result: Tensor, places: _Array | None) -> Tensor:
+        ctx.places, ctx.stride = places, x.stride()
+        return result.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        if ctx.places is not None:
+            grad = torch.empty_strided(grad.shape, ctx.stride, dtype=grad.dtype).copy_(grad)
+            grad.as_strided((grad.numel(),), (1,)).numpy()[ctx.places] = 0
+        return grad, None, None
 
 
 class _PerTensor(torch.autograd.Function):
@@ -218,21 +415,25 @@ class _PerChannel(torch.autograd.Function):
     """One scale for each channel and one zero point: the backward pass compares ``x / scale``."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, low: int, high: int, result: Tensor | None
+    ) -> Tensor:
         ctx.save_for_backward(x, scale)
         ctx.grid = low, high
+        if result is not None:
+            return result.detach()
         return round_clamp(x, scale.reciprocal(), scale, low, high)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         x, scale = ctx.saved_tensors
         below, above = first_outside(1.0, *ctx.grid)
         steps = x.to(torch.float32) * scale.reciprocal()
-        return gate(grad, steps, below, above), None, None, None
+        return gate(grad, steps, below, above), None, None, None, None
 
 
-def _apply(function: Any, x: Tensor, *grid: Any) -> Tensor:
-    result: Tensor = function.apply(x, *grid)
+def _apply(function: Any, x: Tensor, *more: Any) -> Tensor:
+    result: Tensor = function.apply(x, *more)
     return result
 
 
@@ -240,8 +441,36 @@ def round_clamp(
     x: Tensor, inverse: Tensor | float, scale: Tensor | float, low: int, high: int
 ) -> Tensor:
     """Return ``clamp(round(x * inverse), low, high) * scale`` in a buffer of its own."""
-    steps = x.to(torch.float32).mul(inverse).round_().clamp_(low, high)
-    return steps.mul_(scale).to(x.dtype)
+    if isinstance(scale, Tensor):
+        steps = x.to(torch.float32).mul(inverse).round_().clamp_(low, high)
+        return steps.mul_(scale).to(x.dtype)
+    if x.dtype == torch.float32 and is_dense(x):
+        y = torch.empty_like(x)
+        _round_clamp(x, y, scale, low, high)
+        return y
+    y = x.to(torch.float32, copy=True)
+    _round_clamp(y, y, scale, low, high)
+    return y.to(x.dtype)
+
+
+def _round_clamp(x: Tensor, y: Tensor, scale: float, low: int, high: int) -> None:
+    """Write the same for ``x`` to ``y``; both float32 and dense, in the same order."""
+    loops = _loops()
+    if loops is None:
+        y = y.detach()
+        torch.mul(x.detach(), reciprocal(scale), out=y).round_().clamp_(low, high).mul_(scale)
+        return
+    addresses = x.data_ptr(), y.data_ptr()
+    parts = pieces(x.numel(), x.numel())
+    if len(parts) == 1:
+        loops.round_clamp(*addresses, x.numel(), scale, low, high)
+        return
+
+    def part(some: slice) -> None:
+        at = [address + 4 * some.start for address in addresses]
+        loops.round_clamp(*at, some.stop - some.start, scale, low, high)
+
+    in_threads(part, parts)
 
 
 def gate(grad: Tensor, x: Tensor, below: float, above: float) -> Tensor:

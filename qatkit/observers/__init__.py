@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qatkit.observers.eager import remember, saw_nothing
+from qatkit.observers.eager import join_of, remember, saw_nothing
 from qatkit.observers.estimators import percentile_of
 from qatkit.observers.learned import (
     Grid,
@@ -36,6 +36,7 @@ __all__ = [
     "histogram_threshold",
     "holds_range",
     "is_empty",
+    "join_of",
     "names_of",
     "observe",
     "percentile_of",

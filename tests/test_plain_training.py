@@ -1,4 +1,4 @@
-"""Weights that are quantized ahead change nothing but the time."""
+"""Training with the short way of the common quantizers is training with the general one."""
 
 from __future__ import annotations
 
@@ -44,10 +44,9 @@ def prepared() -> nn.Module:
 
 
 def plain(model: nn.Module) -> nn.Module:
-    """Undo what works ahead."""
+    """Let every quantizer take the general way."""
     for module in model.modules():
         if isinstance(module, TensorQuantizer):
-            module.is_plain_weight = lambda x: False  # type: ignore[method-assign]
             module._is_plain = lambda x: False  # type: ignore[method-assign]
     return model
 
