@@ -21,7 +21,7 @@ from __future__ import annotations
 import functools
 import math
 from types import ModuleType
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from torch.nn import functional
 from qatkit.kernels import portable
 from qatkit.kernels.layout import dense_order, is_dense
 from qatkit.kernels.portable import along
+from qatkit.kernels.sharing import is_unshared
 from qatkit.kernels.threads import in_threads, pieces
 
 _Array: TypeAlias = "np.ndarray[Any, Any]"
@@ -38,8 +39,10 @@ State: TypeAlias = tuple[Tensor, Tensor, Tensor]
 _SMALL = 2**18
 """Elements for which a second pass is cheaper than a backward pass in Python."""
 _LARGEST = float(np.finfo(np.float32).max)
-_FEW = 4
+_FEW = 32
 """One element of so many may be listed as being outside the grid."""
+_RUN = 4096
+"""Elements with one scale that are looked at in one go: they stay in the nearest cache."""
 _SHORT = 8
 """Rows with fewer elements are not worth a loop each."""
 
@@ -91,7 +94,7 @@ def fake_quantize(
         if low <= 0 <= high and has_reciprocal(value):
             if x.dtype == torch.float32:
                 return fake_quantize_number(x, value, low, high)
-            return _apply(_PerTensor, x, value, low, high)
+            return _apply(_PerTensor, x, value, low, high, None)
     elif isinstance(scale, Tensor) and not isinstance(zero_point, Tensor):
         low, high = quant_min - zero_point, quant_max - zero_point
         result = _fake_quantize_rows(x, scale, low, high, axis)
@@ -112,9 +115,16 @@ def fake_quantize_number(x: Tensor, scale: float, low: int, high: int) -> Tensor
     """
     if not _needs_gradient(x):
         return round_clamp(x, reciprocal(scale), scale, low, high)
-    if x.numel() > _SMALL:
-        return _apply(_PerTensor, x, scale, low, high)
-    return _fake_quantize_inside(x, scale, low, high, first_outside(scale, low, high))
+    if x.numel() <= _SMALL:
+        return _fake_quantize_inside(x, scale, low, high, first_outside(scale, low, high))
+    if _loops() is None or not is_dense(x):
+        return _apply(_PerTensor, x, scale, low, high, None)
+    y = torch.empty_like(x)
+    step = np.full(1, scale, np.float32)
+    places = _round_and_list(x, y, _RUN, step.ctypes.data, 1, (low, high))
+    if places is None:
+        return _apply(_PerTensor, x, scale, low, high, y)
+    return _apply(_Straight, x, y, places)
 
 
 def _fake_quantize_inside(
@@ -233,28 +243,80 @@ def fake_quantize_rows_in_ranges(
     Returns:
         The result, ``None`` where that takes more care or more passes.
     """
-    loops, length = _loops(), x.numel() // len(x)
-    if loops is None or not _has_rows(x, 0, length):
+    loops, rows = _loops(), len(x)
+    if loops is None or not _has_rows(x, 0, x.numel() // rows):
         return None
-    y, places, scale = _carrier(x), _room(x), torch.empty_like(low)
+    scale = torch.empty_like(low)
     ranges = low.data_ptr(), high.data_ptr(), scale.data_ptr()
-    codes, room = (quant_min, quant_max), (places.ctypes.data, len(places))
-    data = x.data_ptr(), y.data_ptr(), len(x), length
-    count = loops.round_rows_in_ranges(*data, *ranges, *codes, *room)
-    return None if count < 0 else _with_gradient_inside(x, y, places, count, scale, 0, codes)
+    if not loops.symmetric_scales(*ranges, rows, True, quant_max):
+        return None
+    return _round_rows(x, scale, quant_min, quant_max, 0, x.numel() // rows)
 
 
 def _fake_quantize_rows(x: Tensor, scale: Tensor, low: int, high: int, axis: int) -> Tensor | None:
     """Fake-quantize with a scale for each row, where the rows are parts of memory."""
-    loops, axis = _loops(), axis % x.dim()
+    axis = axis % x.dim()
     length = math.prod(x.shape[axis + 1 :])
     plain = x.dtype == torch.float32 and scale.dtype == torch.float32 and scale.is_contiguous()
-    if loops is None or not plain or length < _SHORT or not _has_rows(x, axis, length):
+    if _loops() is None or not plain or length < _SHORT or not _has_rows(x, axis, length):
         return None
-    y, places = _carrier(x), _room(x)
-    data = x.data_ptr(), y.data_ptr(), x.numel() // length, length, scale.data_ptr(), len(scale)
-    count = loops.round_clamp_rows(*data, low, high, places.ctypes.data, len(places))
-    return _with_gradient_inside(x, y, places, count, scale, axis, (low, high))
+    return _round_rows(x, scale, low, high, axis, length)
+
+
+def _round_rows(x: Tensor, scale: Tensor, low: int, high: int, axis: int, length: int) -> Tensor:
+    """Fake-quantize rows of ``length`` elements, which are parts of memory, with their scales."""
+    rows = scale.data_ptr(), len(scale)
+    if _needs_gradient(x) and x.numel() <= _SMALL:
+        inside = torch.empty_like(x)
+        y = x.mul(inside)  # its gradient; both are filled now
+        data = x.data_ptr(), y.data_ptr(), inside.data_ptr(), x.numel(), length
+        cast(ModuleType, _loops()).round_clamp_masked(*data, *rows, low, high)
+        return y
+    y = torch.empty_like(x)
+    places = _round_and_list(x, y, length, *rows, (low, high))
+    if not _needs_gradient(x):
+        return y
+    if places is None:
+        return _apply(_PerChannel, x, along(scale, x, axis), low, high, y)
+    return _apply(_Straight, x, y, places)
+
+
+def _round_and_list(
+    x: Tensor, y: Tensor, length: int, scale: int, scales: int, codes: tuple[int, int]
+) -> _Array | None:
+    """Write ``x`` on the grid to ``y`` and return the places of the elements outside.
+
+    Args:
+        x: float32, dense.
+        y: the same, in the same order.
+        length: elements of a row.
+        scale: address of the scales of the rows, which apply in turn.
+        scales: how many there are.
+        codes: the lowest and the highest one.
+
+    Returns:
+        Places in the order of memory, ``None`` for too many.
+    """
+    total, data, loops = x.numel(), (x.data_ptr(), y.data_ptr()), cast(ModuleType, _loops())
+    parts = pieces(total, -(-total // length))
+    places = np.empty((len(parts), total // _FEW + 1 if _needs_gradient(x) else 0), np.int64)
+    address, room = places.ctypes.data, places.shape[1]
+
+    def part(some: slice) -> int:
+        start, stop = some.start * length, min(some.stop * length, total)
+        at = (each + 4 * start for each in data)
+        steps = scale, scales, some.start % scales
+        here = address + 8 * room * parts.index(some)
+        count: int = loops.round_clamp_rows(*at, stop - start, length, *steps, *codes, here, room)
+        return count
+
+    counts = in_threads(part, parts)
+    if max(counts) > room:
+        return None
+    found = (
+        row[:n] + some.start * length for row, n, some in zip(places, counts, parts, strict=True)
+    )
+    return np.concatenate(list(found))
 
 
 def _has_rows(x: Tensor, axis: int, length: int) -> bool:
@@ -264,11 +326,6 @@ def _has_rows(x: Tensor, axis: int, length: int) -> bool:
     if x.is_contiguous():
         return True
     return axis == 0 and is_dense(x) and (len(x) == 1 or x.stride(0) == length)
-
-
-def _room(x: Tensor) -> _Array:
-    """Return room for the places of the elements of ``x`` outside the grid."""
-    return np.empty(x.numel() // _FEW + 1 if _needs_gradient(x) else 0, np.int64)
 
 
 def shrink(x_CM: Tensor, percentile: float) -> tuple[Tensor, Tensor]:
@@ -348,33 +405,6 @@ def _with_gradient(x: Tensor, y: Tensor) -> Tensor:
     return _apply(_Straight, x, y, None) if _needs_gradient(x) and x.numel() > _SMALL else y
 
 
-def _with_gradient_inside(
-    x: Tensor,
-    y: Tensor,
-    places: _Array,
-    count: int,
-    scale: Tensor,
-    axis: int,
-    codes: tuple[int, int],
-) -> Tensor:
-    """Return the same, but without gradient to the elements outside the grid.
-
-    Args:
-        x: the tensor that was quantized.
-        y: its carrier.
-        places: of the first elements outside.
-        count: how many are outside.
-        scale: (C,).
-        axis: the axis of the scales.
-        codes: the lowest and the highest one.
-    """
-    if count == 0 or not _needs_gradient(x):
-        return _with_gradient(x, y)
-    if count <= len(places):
-        return _apply(_Straight, x, y, places[:count].copy())
-    return _apply(_PerChannel, x, along(scale, x, axis), *codes, y)
-
-
 class _Straight(torch.autograd.Function):
     """The straight-through estimator for a result that is there already.
 
@@ -383,14 +413,16 @@ class _Straight(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, result: Tensor, places: _Array | None) -> Tensor:
-        ctx.places, ctx.stride = places, x.stride()
+        ctx.stride = x.stride()
+        ctx.places = places if places is not None and len(places) else None
         return result.detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         if ctx.places is not None:
-            grad = torch.empty_strided(grad.shape, ctx.stride, dtype=grad.dtype).copy_(grad)
-            grad.as_strided((grad.numel(),), (1,)).numpy()[ctx.places] = 0
+            if grad.stride() != ctx.stride or not is_unshared(grad):
+                grad = torch.empty_strided(grad.shape, ctx.stride, dtype=grad.dtype).copy_(grad)
+            grad.as_strided((grad.numel(),), (1,)).index_fill_(0, torch.from_numpy(ctx.places), 0.0)
         return grad, None, None
 
 
@@ -398,17 +430,21 @@ class _PerTensor(torch.autograd.Function):
     """One scale: the backward pass compares ``x`` itself with the first floats outside the grid."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: float, low: int, high: int) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, scale: float, low: int, high: int, result: Tensor | None
+    ) -> Tensor:
         ctx.save_for_backward(x)
         ctx.grid = scale, low, high
+        if result is not None:
+            return result.detach()
         return round_clamp(x, reciprocal(scale), scale, low, high)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         (x,) = ctx.saved_tensors
         below, above = first_outside(*ctx.grid)
         rounded = x.to(torch.float32) if x.dtype == torch.float64 else x
-        return gate(grad, rounded, below, above), None, None, None
+        return gate(grad, rounded, below, above), None, None, None, None
 
 
 class _PerChannel(torch.autograd.Function):

@@ -105,16 +105,17 @@ def _round_clamp(x, y, scale, low, high):
 
 
 @_compiled
-def round_clamp_rows(x, y, rows, length, scale, scales, low, high, places, room):
+def round_clamp_rows(x, y, total, length, scale, scales, first, low, high, places, room):
     """Do the same with a scale for each row, and list the elements outside the grid.
 
     Args:
-        x: address of (R, M).
-        y: address of (R, M).
-        rows: R.
+        x: address of (N,), rows of M elements, of which the last one may be shorter.
+        y: address of (N,).
+        total: N.
         length: M.
         scale: address of (C,), which apply to the rows in turn, over and over.
         scales: C.
+        first: the scale of the first row.
         low: lowest code.
         high: highest code.
         places: address of (K,) int64, where the places of the elements outside go.
@@ -123,60 +124,90 @@ def round_clamp_rows(x, y, rows, length, scale, scales, low, high, places, room)
     Returns:
         How many are outside; ``places`` holds the first K of them.
     """
-    shape = rows, length
-    steps, found = _floats(scale, scales), _integers(places, room)
-    return _round_clamp_rows(_floats(x, shape), _floats(y, shape), steps, _F(low), _F(high), found)
+    x_N, y_N, steps = _floats(x, total), _floats(y, total), _floats(scale, scales)
+    found, lowest, highest = _integers(places, room), _F(low), _F(high)
+    lanes = np.empty(LANES, np.float32)
+    count = 0
+    for start in range(0, total, length):
+        stop, step = min(start + length, total), steps[first]
+        first = first + 1 if first + 1 < scales else 0
+        for begin in range(start, stop, _BATCH):
+            end = min(begin + _BATCH, stop)
+            x_B, y_B = x_N[begin:end], y_N[begin:end]
+            count = _round_and_list(x_B, y_B, step, lowest, highest, begin, found, count, lanes)
+    return count
 
 
 @_compiled
-def round_rows_in_ranges(x, y, rows, length, low, high, scale, quant_min, quant_max, places, room):
-    """Do the same with the symmetric grids of the ranges of the rows.
+def round_clamp_masked(x, y, inside, total, length, scale, scales, low, high):
+    """Do the same, and write 1.0 to ``inside`` for the elements inside the grid, 0.0 for the rest.
 
     Args:
-        x: address of (R, M).
-        y: address of (R, M).
-        rows: R.
+        x: address of (N,), rows of M elements.
+        y: address of (N,).
+        inside: address of (N,).
+        total: N.
         length: M.
-        low: address of (R,), lower ends.
-        high: address of (R,), upper ends.
-        scale: address of (R,), where the scales go.
-        quant_min: lowest code.
-        quant_max: highest code.
-        places: address of (K,) int64, where the places of the elements outside go.
-        room: K.
-
-    Returns:
-        How many are outside, -1 where a range is not finite.
+        scale: address of (C,), which apply to the rows in turn, over and over.
+        scales: C.
+        low: lowest code.
+        high: highest code.
     """
-    shape = rows, length
-    lows, highs = _floats(low, rows), _floats(high, rows)
-    steps = _floats(scale, rows)
-    for r in range(rows):
-        if not (np.isfinite(lows[r]) and np.isfinite(highs[r])):
-            return -1
-        steps[r] = _symmetric_scale(lows[r], highs[r], True, _F(quant_max))
-    found, ends = _integers(places, room), (_F(quant_min), _F(quant_max))
-    return _round_clamp_rows(_floats(x, shape), _floats(y, shape), steps, ends[0], ends[1], found)
+    steps, lowest, highest = _floats(scale, scales), _F(low), _F(high)
+    x_N, y_N, inside_N = _floats(x, total), _floats(y, total), _floats(inside, total)
+    for r in range(total // length):
+        start, stop = r * length, (r + 1) * length
+        x_M, y_M, inside_M = x_N[start:stop], y_N[start:stop], inside_N[start:stop]
+        step = steps[r % scales]
+        inverse = _F(1) / step
+        for m in range(length):
+            code = np.rint(x_M[m] * inverse)
+            clamped = lowest if code < lowest else code
+            clamped = highest if clamped > highest else clamped
+            inside_M[m] = _F(1) if code == clamped else _F(0)
+            y_M[m] = clamped * step
 
 
 @_compiled
-def _round_clamp_rows(x, y, steps, low, high, found):
-    lanes = np.empty((3, LANES), np.float32)
-    count = 0
-    for r in range(x.shape[0]):
-        row, step = x[r], steps[r % steps.size]
-        inverse = _F(1) / step
-        smallest, largest, finite = _extremes(row, lanes)
-        inside = np.rint(smallest * inverse) >= low and np.rint(largest * inverse) <= high
-        if not (finite and inside):
-            for m in range(row.size):
-                code = np.rint(row[m] * inverse)
-                if not (code >= low and code <= high):
-                    if count < found.size:
-                        found[count] = r * row.size + m
-                    count += 1
-        _round_clamp(row, y[r], step, low, high)
+def _round_and_list(x, y, scale, low, high, begin, found, count, lanes):
+    """Write ``x`` on the grid to ``y``, put the elements outside on the list, and count them.
+
+    Each lane adds up by how much its elements are outside, and only the lanes with a sum are
+    searched.
+    """
+    inverse = _F(1) / scale
+    lanes[:] = _F(0)
+    rows = x.size // LANES
+    for i in range(rows):
+        x_L, y_L = x[i * LANES : (i + 1) * LANES], y[i * LANES : (i + 1) * LANES]
+        for j in range(LANES):
+            code = np.rint(x_L[j] * inverse)
+            inside = low if code < low else code
+            inside = high if inside > high else inside
+            lanes[j] += abs(code - inside)
+            y_L[j] = inside * scale
+    total = _F(0)
+    for j in range(LANES):
+        total += lanes[j]
+    if total != 0:
+        for j in range(LANES):
+            if lanes[j] != 0:
+                for m in range(j, rows * LANES, LANES):
+                    count = _list_if_outside(x[m] * inverse, low, high, begin + m, found, count)
+    for m in range(rows * LANES, x.size):
+        count = _list_if_outside(x[m] * inverse, low, high, begin + m, found, count)
+    _round_clamp(x[rows * LANES :], y[rows * LANES :], scale, low, high)
     return count
+
+
+@_compiled
+def _list_if_outside(steps, low, high, place, found, count):
+    code = np.rint(steps)
+    if code >= low and code <= high:
+        return count
+    if count < found.size:
+        found[count] = place
+    return count + 1
 
 
 @_compiled
@@ -209,6 +240,26 @@ def round_rows(x, y, rows, length, quant_max, low, high):
         if kept:
             lows[r], highs[r] = smallest, largest
     return True
+
+
+@_compiled
+def symmetric_scales(low, high, scale, length, signed, quant_max):
+    """Write the scales for (C,) ranges to ``scale`` and tell whether all ranges are finite.
+
+    Args:
+        low: address of (C,).
+        high: address of (C,).
+        scale: address of (C,).
+        length: C.
+        signed: whether there are codes below 0.
+        quant_max: highest code.
+    """
+    lows, highs, scales = _floats(low, length), _floats(high, length), _floats(scale, length)
+    finite = True
+    for c in range(length):
+        finite = finite and np.isfinite(lows[c]) and np.isfinite(highs[c])
+        scales[c] = _symmetric_scale(lows[c], highs[c], signed, _F(quant_max))
+    return finite
 
 
 @_compiled
