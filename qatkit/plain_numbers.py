@@ -60,5 +60,4 @@ def quantize_weight(
     """
     if own:
         return cpu.fake_quantize_rows(x, spec.quant_max, state if watched else None)
-    low, high, _ = state
-    return cpu.fake_quantize_rows_in_ranges(x, low, high, spec.quant_min, spec.quant_max)
+    return cpu.fake_quantize_rows_in_ranges(x, state, spec.quant_min, spec.quant_max)

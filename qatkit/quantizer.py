@@ -233,7 +233,7 @@ class TensorQuantizer(nn.Module):
         if not self.observing:
             if not self.calibrated:
                 return None
-            return fake_quantize_in_range(x, self.min_val, self.max_val, watched)
+            return fake_quantize_in_range(x, self._state, watched)
         if is_recomputing() or may_be_recomputed() or self._asks_other_ranks:
             return None
         quantized = observe_and_quantize(x, self._state, watched)

@@ -48,7 +48,7 @@ LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names}
 CORE = sys.stdlib_module_names | {"torch", "numpy", "qatkit"}
 
 # These may import a compiler; in return nothing may import them before they are needed.
-COMPILERS = {"qatkit.kernels.gpu": "triton", "qatkit.kernels.loops": "numba"}
+COMPILERS = {"qatkit.kernels.gpu": "triton", "qatkit.kernels.cpu.loops": "numba"}
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,7 @@ BAD = {
     "heavy, tried": ("cli.py", "try:\n    import tqdm\nexcept ImportError:\n    pass", "cli:2"),
     "triton outside": ("nn/conv.py", "import triton", "conv:1 imports triton at import time"),
     "numba outside": ("nn/conv.py", "import numba", "conv:1 imports numba at import time"),
-    "loops": ("nn/conv.py", "import qatkit.kernels.loops", "kernels.loops at import time"),
+    "loops": ("nn/conv.py", "import qatkit.kernels.cpu.loops", "cpu.loops at import time"),
     "gpu kernels": ("nn/conv.py", "from qatkit.kernels import gpu", "kernels.gpu at import time"),
     "heavy, in a class": ("cli.py", "class C:\n    import safetensors", "cli:2"),
     "heavy, else": ("cli.py", IF_TYPES + "pass\nelse:\n    import onnx", "cli:5 imports onnx at"),

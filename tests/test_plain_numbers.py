@@ -112,10 +112,11 @@ def test_scales_like_the_general_ones() -> None:
     w = torch.randn(5, 7)
     scale, zero_point = qparams(low, high, WEIGHT)
     expected = portable.fake_quantize(w, scale, zero_point, -127, 127, 0)
-    assert torch.equal(cpu.fake_quantize_rows_in_ranges(w, low, high, -127, 127), expected)
+    state = low, high, torch.tensor(1)
+    assert torch.equal(cpu.fake_quantize_rows_in_ranges(w, state, -127, 127), expected)
     for odd in (math.nan, math.inf):
         high[3] = odd
-        assert cpu.fake_quantize_rows_in_ranges(w, low, high, -127, 127) is None
+        assert cpu.fake_quantize_rows_in_ranges(w, state, -127, 127) is None
 
 
 def test_hooks_of_a_quantizer_run() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +15,20 @@ from qatkit.kernels.layout import rows
 
 
 def is_eager_cpu(x: Tensor) -> bool:
-    """Tell whether ``x`` is on the CPU and nothing is being compiled: reading a scalar is free."""
+    """Tell whether ``x`` is on the CPU and only computed with: reading its memory is free then."""
     plain = type(x) is Tensor or type(x) is torch.nn.Parameter
-    return plain and x.device.type == "cpu" and not torch.compiler.is_compiling()
+    return plain and x.device.type == "cpu" and not _is_watched()
+
+
+def _is_watched() -> bool:
+    """Tell whether somebody wants to see each operator: a compiler, a tracer, a transform."""
+    torch_c: Any = torch._C
+    return bool(
+        torch.compiler.is_compiling()
+        or torch_c._get_tracing_state() is not None
+        or torch_c._len_torch_dispatch_stack()
+        or torch_c._functorch.maybe_current_level() is not None
+    )
 
 
 def is_gpu(x: Tensor) -> bool:

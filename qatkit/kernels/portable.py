@@ -204,14 +204,17 @@ def passed(
 class _FakeQuantize(torch.autograd.Function):
     """The clipped straight-through estimator, its mask computed again in the backward pass."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int
-    ) -> Tensor:
-        ctx.save_for_backward(x, scale, zero_point)
-        ctx.low, ctx.high = low, high
-        shifted = (codes(x, scale) + zero_point).clamp_(low, high)
+    def forward(x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int) -> Tensor:
+        shifted = (codes(x, scale) + zero_point).clamp(low, high)
         return (shifted - zero_point).mul_(scale).to(x.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, scale, zero_point, ctx.low, ctx.high = inputs
+        ctx.save_for_backward(x, scale, zero_point)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
@@ -222,9 +225,15 @@ class _FakeQuantize(torch.autograd.Function):
 class _FakeQuantizeUnclipped(torch.autograd.Function):
     """The straight-through estimator where nothing is outside the grid: nothing is saved."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor | float) -> Tensor:
+    def forward(x: Tensor, scale: Tensor | float) -> Tensor:
         return codes(x, scale).mul_(scale).to(x.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Nothing is needed."""
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

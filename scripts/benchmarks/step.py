@@ -79,6 +79,8 @@ def _measure(name: str, args: argparse.Namespace) -> tuple[Table, dict[str, floa
     qat = qatkit.prepare(copy.deepcopy(model), x[:1], args.config)
     qatkit.calibrate(qat, [x], progress=False)
     models = {"float": model, "float again (control)": copy.deepcopy(model), QAT: qat}
+    for _ in range(3):  # ranges calibrated in eval say nothing about an untrained net in training
+        make_step(qat, x, y)()
     models[FROZEN] = copy.deepcopy(qat)
     qatkit.freeze_ranges(models[FROZEN]).apply()
     others, missing = peers.build(model, x, args.peers, lambda each: make_step(each, x, y)())

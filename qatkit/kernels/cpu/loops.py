@@ -122,19 +122,65 @@ def round_clamp_rows(x, y, total, length, scale, scales, first, low, high, place
         room: K.
 
     Returns:
-        How many are outside; ``places`` holds the first K of them.
+        How many are outside, if at most K; ``places`` holds them.
     """
     x_N, y_N, steps = _floats(x, total), _floats(y, total), _floats(scale, scales)
     found, lowest, highest = _integers(places, room), _F(low), _F(high)
-    lanes = np.empty(LANES, np.float32)
-    count = 0
+    excess, lanes = np.zeros(_BATCH, np.float32), np.empty(LANES, np.float32)
+    run = min(length, _BATCH)
+    count = begin = used = 0
     for start in range(0, total, length):
-        stop, step = min(start + length, total), steps[first]
+        end, step = min(start + length, total), steps[first]
         first = first + 1 if first + 1 < scales else 0
-        for begin in range(start, stop, _BATCH):
-            end = min(begin + _BATCH, stop)
-            x_B, y_B = x_N[begin:end], y_N[begin:end]
-            count = _round_and_list(x_B, y_B, step, lowest, highest, begin, found, count, lanes)
+        for at in range(start, end, run):
+            to = min(at + run, end)
+            if count > room:  # too many to be listed
+                _round_clamp(x_N[at:to], y_N[at:to], step, lowest, highest)
+                continue
+            if used + to - at > _BATCH:
+                count = _list_outside(excess, used, begin, found, count, lanes)
+                begin, used = at, 0
+            _round_excess(x_N[at:to], y_N[at:to], excess[used:], step, lowest, highest)
+            used += to - at
+    return count if count > room else _list_outside(excess, used, begin, found, count, lanes)
+
+
+@_compiled
+def _round_excess(x, y, excess, scale, low, high):
+    """Write ``x`` on the grid to ``y``, and to ``excess`` by how many steps it is outside."""
+    inverse = _F(1) / scale
+    for i in range(x.size):
+        code = np.rint(x[i] * inverse)
+        inside = low if code < low else code
+        inside = high if inside > high else inside
+        excess[i] = abs(code - inside)
+        y[i] = inside * scale
+
+
+@_compiled
+def _list_outside(excess, used, begin, found, count, lanes):
+    """Put the places with an excess on the list, ``begin`` being that of the first, and count them.
+
+    Each lane adds up what it sees, and only the lanes with a sum are searched.
+    """
+    rows = -(-used // LANES)
+    excess[used : rows * LANES] = _F(0)
+    lanes[:] = _F(0)
+    for i in range(rows):
+        row = excess[i * LANES : (i + 1) * LANES]
+        for j in range(LANES):
+            lanes[j] += row[j]
+    total = _F(0)
+    for j in range(LANES):
+        total += lanes[j]
+    if total != 0:
+        for j in range(LANES):
+            if lanes[j] != 0:
+                for m in range(j, used, LANES):
+                    if excess[m] != 0:
+                        if count < found.size:
+                            found[count] = begin + m
+                        count += 1
     return count
 
 
@@ -166,48 +212,6 @@ def round_clamp_masked(x, y, inside, total, length, scale, scales, low, high):
             clamped = highest if clamped > highest else clamped
             inside_M[m] = _F(1) if code == clamped else _F(0)
             y_M[m] = clamped * step
-
-
-@_compiled
-def _round_and_list(x, y, scale, low, high, begin, found, count, lanes):
-    """Write ``x`` on the grid to ``y``, put the elements outside on the list, and count them.
-
-    Each lane adds up by how much its elements are outside, and only the lanes with a sum are
-    searched.
-    """
-    inverse = _F(1) / scale
-    lanes[:] = _F(0)
-    rows = x.size // LANES
-    for i in range(rows):
-        x_L, y_L = x[i * LANES : (i + 1) * LANES], y[i * LANES : (i + 1) * LANES]
-        for j in range(LANES):
-            code = np.rint(x_L[j] * inverse)
-            inside = low if code < low else code
-            inside = high if inside > high else inside
-            lanes[j] += abs(code - inside)
-            y_L[j] = inside * scale
-    total = _F(0)
-    for j in range(LANES):
-        total += lanes[j]
-    if total != 0:
-        for j in range(LANES):
-            if lanes[j] != 0:
-                for m in range(j, rows * LANES, LANES):
-                    count = _list_if_outside(x[m] * inverse, low, high, begin + m, found, count)
-    for m in range(rows * LANES, x.size):
-        count = _list_if_outside(x[m] * inverse, low, high, begin + m, found, count)
-    _round_clamp(x[rows * LANES :], y[rows * LANES :], scale, low, high)
-    return count
-
-
-@_compiled
-def _list_if_outside(steps, low, high, place, found, count):
-    code = np.rint(steps)
-    if code >= low and code <= high:
-        return count
-    if count < found.size:
-        found[count] = place
-    return count + 1
 
 
 @_compiled

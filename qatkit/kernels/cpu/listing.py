@@ -1,0 +1,54 @@
+"""A loop that notes which elements are outside the grid."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import cast
+
+import numpy as np
+from torch import Tensor
+
+from qatkit.kernels.cpu.compiled import compiled_loops
+from qatkit.kernels.cpu.gradients import Array, needs_gradient
+from qatkit.kernels.cpu.threads import in_threads, pieces
+
+_FEW = 2048
+"""One element of so many may be listed."""
+
+
+def round_and_list(
+    x: Tensor, y: Tensor, length: int, scale: int, scales: int, codes: tuple[int, int]
+) -> Array | None:
+    """Write ``x`` on the grid to ``y`` and return the places of the elements outside.
+
+    Args:
+        x: float32, dense.
+        y: the same, in the same order.
+        length: elements of a row.
+        scale: address of the scales of the rows, which apply in turn.
+        scales: how many there are.
+        codes: the lowest and the highest one.
+
+    Returns:
+        Places in the order of memory, ``None`` for too many.
+    """
+    total, data, loops = x.numel(), (x.data_ptr(), y.data_ptr()), cast(ModuleType, compiled_loops())
+    parts = pieces(total, -(-total // length))
+    places = np.empty((len(parts), total // _FEW + 1 if needs_gradient(x) else 0), np.int64)
+    address, room = places.ctypes.data, places.shape[1]
+
+    def part(some: slice) -> int:
+        start, stop = some.start * length, min(some.stop * length, total)
+        at = (each + 4 * start for each in data)
+        steps = scale, scales, some.start % scales
+        here = address + 8 * room * parts.index(some)
+        count: int = loops.round_clamp_rows(*at, stop - start, length, *steps, *codes, here, room)
+        return count
+
+    counts = in_threads(part, parts)
+    if max(counts) > room:
+        return None
+    found = (
+        row[:n] + some.start * length for row, n, some in zip(places, counts, parts, strict=True)
+    )
+    return np.concatenate(list(found))

@@ -1,0 +1,130 @@
+"""Fake quantization of rows, each with a scale of its own: weights, mostly."""
+
+from __future__ import annotations
+
+import math
+from types import ModuleType
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from qatkit.kernels.cpu.compiled import compiled_loops
+from qatkit.kernels.cpu.gradients import (
+    SMALL,
+    carrier,
+    needs_gradient,
+    stopped_by_channel,
+    straight,
+    with_gradient,
+)
+from qatkit.kernels.cpu.listing import round_and_list
+from qatkit.kernels.cpu.state import State, is_numbers, is_state
+from qatkit.kernels.cpu.threads import in_threads, pieces
+from qatkit.kernels.layout import is_dense
+from qatkit.kernels.portable import along
+
+_SHORT = 8
+"""Rows with fewer elements are not worth a loop each."""
+
+
+def fake_quantize_rows(x: Tensor, quant_max: int, state: State | None) -> Tensor | None:
+    """Fake-quantize each row with the symmetric grid that just covers it.
+
+    Args:
+        x: (C, ...) float32, not empty.
+        quant_max: highest code; the lowest one is its opposite or below.
+        state: buffers ``(min, max, count)``: (C,) float32 twice, () int64; they get the extremes of
+            the rows and one more batch. ``None`` for nothing.
+
+    Returns:
+        The result. ``None`` where that takes more care or more passes; the remembered range means
+        nothing then, for it was that of an earlier tensor.
+    """
+    loops, rows = compiled_loops(), len(x)
+    length = x.numel() // rows
+    if loops is None or not _has_rows(x, 0, length):
+        return None
+    if state is not None and not is_state(state, x.shape[:1]):
+        return None
+    y = carrier(x)
+    data = x.data_ptr(), y.data_ptr()
+    ends = (0, 0) if state is None else (state[0].data_ptr(), state[1].data_ptr())
+
+    def part(some: slice) -> bool:
+        at = (address + 4 * some.start * length for address in data)
+        to = (address and address + 4 * some.start for address in ends)
+        finite: bool = loops.round_rows(*at, some.stop - some.start, length, quant_max, *to)
+        return finite
+
+    if not all(in_threads(part, pieces(x.numel(), rows))):
+        return None
+    if state is not None:
+        state[2].add_(1)
+    return with_gradient(x, y)
+
+
+def fake_quantize_rows_in_ranges(
+    x: Tensor, state: State, quant_min: int, quant_max: int
+) -> Tensor | None:
+    """Fake-quantize each row with the symmetric grid of its remembered range.
+
+    Args:
+        x: (C, ...) float32, not empty.
+        state: buffers ``(min, max, count)``: (C,) float32 twice, () int64.
+        quant_min: lowest code, below 0.
+        quant_max: highest code.
+
+    Returns:
+        The result, ``None`` where that takes more care or more passes.
+    """
+    loops, rows = compiled_loops(), len(x)
+    if loops is None or not _has_rows(x, 0, x.numel() // rows):
+        return None
+    if not is_state(state, x.shape[:1]):
+        return None
+    low, high, _ = state
+    scale = torch.empty_like(low)
+    ranges = low.data_ptr(), high.data_ptr(), scale.data_ptr()
+    if not loops.symmetric_scales(*ranges, rows, True, quant_max):
+        return None
+    return _round_rows(x, scale, quant_min, quant_max, 0, x.numel() // rows)
+
+
+def fake_quantize_rows_on_grids(
+    x: Tensor, scale: Tensor, low: int, high: int, axis: int
+) -> Tensor | None:
+    """Fake-quantize with a scale for each row, where the rows are parts of memory."""
+    axis = axis % x.dim()
+    length = math.prod(x.shape[axis + 1 :])
+    plain = x.dtype == torch.float32 and is_numbers(scale, x.shape[axis : axis + 1])
+    if compiled_loops() is None or not plain or length < _SHORT or not _has_rows(x, axis, length):
+        return None
+    return _round_rows(x, scale, low, high, axis, length)
+
+
+def _round_rows(x: Tensor, scale: Tensor, low: int, high: int, axis: int, length: int) -> Tensor:
+    """Fake-quantize rows of ``length`` elements, which are parts of memory, with their scales."""
+    y, rows = torch.empty_like(x), (scale.data_ptr(), len(scale))
+    if needs_gradient(x) and x.numel() <= SMALL:
+        inside = torch.empty_like(x)
+        data = x.data_ptr(), y.data_ptr(), inside.data_ptr(), x.numel(), length
+        cast(ModuleType, compiled_loops()).round_clamp_masked(*data, *rows, low, high)
+        product = x.mul(inside)
+        product.detach().copy_(y)
+        return product
+    places = round_and_list(x, y, length, *rows, (low, high))
+    if not needs_gradient(x):
+        return y
+    if places is None:
+        return stopped_by_channel(x, cast(Tensor, along(scale, x, axis)), low, high, y)
+    return straight(x, y, places)
+
+
+def _has_rows(x: Tensor, axis: int, length: int) -> bool:
+    """Tell whether what is behind ``axis`` are runs of ``length`` elements in memory, in order."""
+    if not x.numel():
+        return False
+    if x.is_contiguous():
+        return True
+    return axis == 0 and is_dense(x) and (len(x) == 1 or x.stride(0) == length)

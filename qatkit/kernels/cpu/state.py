@@ -1,0 +1,31 @@
+"""What a loop may read and write by its address: a wrong layout would be a wrong memory access."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+State: TypeAlias = tuple[Tensor, Tensor, Tensor]
+"""The buffers ``(min, max, count)`` of a quantizer: () or (C,) float32 twice, () int64."""
+
+
+def is_state(state: State, shape: torch.Size) -> bool:
+    """Tell whether the buffers of a quantizer are what they were made as.
+
+    A user may have assigned others, or pruned a weight.
+    """
+    low, high, count = state
+    counts = count.dtype is torch.int64 and count.numel() == 1 and count.device.type == "cpu"
+    return counts and is_numbers(low, shape) and is_numbers(high, shape)
+
+
+def is_numbers(x: Tensor, shape: torch.Size) -> bool:
+    """Tell whether ``x`` is that many float32 numbers, dense on the CPU.
+
+    >>> is_numbers(torch.zeros(3), torch.Size([3])), is_numbers(torch.zeros(3), torch.Size([4]))
+    (True, False)
+    """
+    plain = x.dtype is torch.float32 and x.device.type == "cpu"
+    return plain and x.shape == shape and x.is_contiguous()

@@ -1,0 +1,160 @@
+"""Fake quantization of a tensor with one scale."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from qatkit.kernels import portable
+from qatkit.kernels.cpu.bounds import first_outside, reciprocal
+from qatkit.kernels.cpu.compiled import compiled_loops
+from qatkit.kernels.cpu.gradients import SMALL, needs_gradient, stopped, straight
+from qatkit.kernels.cpu.listing import round_and_list
+from qatkit.kernels.cpu.state import State, is_state
+from qatkit.kernels.cpu.threads import in_threads, pieces
+from qatkit.kernels.layout import dense_order, is_dense
+
+_ONE = torch.Size([])
+_RUN = 4096
+"""Elements that are looked at in one go: they stay in the nearest cache."""
+
+
+class Watched(NamedTuple):
+    """What a quantizer of activations does, in numbers.
+
+    Attributes:
+        percentile: percent of the elements that may be cut on each side.
+        rule: ``blend``, ``extremes`` or ``latest``: how a range joins the remembered one.
+        least: the smallest weight of a new range, for ``blend``.
+        greatest: the largest one.
+        signed: whether there are codes below 0.
+        low: the lowest code, not above 0.
+        high: the highest code, not below 0.
+    """
+
+    percentile: float
+    rule: str
+    least: float
+    greatest: float
+    signed: bool
+    low: int
+    high: int
+
+
+def fake_quantize_number(x: Tensor, scale: float, low: int, high: int) -> Tensor:
+    """Fake-quantize ``x``, float32, with one scale and a zero point of 0.
+
+    Args:
+        x: any shape and memory format.
+        scale: a number of float32 that has a reciprocal.
+        low: the lowest code, not above 0.
+        high: the highest code, not below 0.
+    """
+    if not needs_gradient(x):
+        return round_clamp(x, reciprocal(scale), scale, low, high)
+    if x.numel() <= SMALL:
+        return _fake_quantize_inside(x, scale, low, high, first_outside(scale, low, high))
+    if compiled_loops() is None or not is_dense(x):
+        y = round_clamp(x.detach(), reciprocal(scale), scale, low, high)
+        return stopped(x, scale, low, high, y)
+    y, step = torch.empty_like(x), np.full(1, scale, np.float32)
+    places = round_and_list(x, y, _RUN, step.ctypes.data, 1, (low, high))
+    if places is None:
+        return stopped(x, scale, low, high, y)
+    return straight(x, y, places)
+
+
+def _fake_quantize_inside(
+    x: Tensor, scale: float, low: int, high: int, bounds: tuple[float, float]
+) -> Tensor:
+    """Fake-quantize a tensor whose gradient passes inside ``bounds``."""
+    y = functional.hardtanh(x, *bounds)
+    _round_clamp(y, y, scale, low, high)
+    return y
+
+
+def observe_and_quantize(x: Tensor, state: State, watched: Watched) -> Tensor | None:
+    """Estimate the range of ``x``, let it join the remembered one, and fake-quantize ``x``.
+
+    Args:
+        x: float32, not empty.
+        state: buffers ``(min, max, count)``: () float32 twice, () int64.
+        watched: the observer and the grid.
+
+    Returns:
+        The result. ``None``, with nothing remembered, where that takes more care, see `shrink_row`,
+        or several calls.
+    """
+    loops = compiled_loops()
+    if loops is None or len(pieces(x.numel(), x.numel())) > 1 or not is_state(state, _ONE):
+        return None
+    row = dense_order(x).contiguous()
+    most = portable.droppable(x.numel(), watched.percentile)
+    addresses = tuple(each.data_ptr() for each in state)
+    join = loops.RULES[watched.rule], watched.least, watched.greatest
+    codes = watched.signed, watched.low, watched.high
+    usual, *grid = loops.observe(row.data_ptr(), len(row), most, addresses, *join, *codes)
+    return _on_grid(x, watched, *grid) if usual else None
+
+
+def fake_quantize_in_range(x: Tensor, state: State, watched: Watched) -> Tensor | None:
+    """Fake-quantize ``x`` with a remembered range.
+
+    Args:
+        x: float32.
+        state: buffers ``(min, max, count)``: () float32 twice, () int64.
+        watched: the grid.
+    """
+    loops = compiled_loops()
+    if loops is None or not is_state(state, _ONE):
+        return None
+    low, high, _ = state
+    codes = watched.signed, watched.low, watched.high
+    return _on_grid(x, watched, *loops.grid(low.data_ptr(), high.data_ptr(), *codes))
+
+
+def _on_grid(x: Tensor, watched: Watched, scale: float, below: float, above: float) -> Tensor:
+    low, high = watched.low, watched.high
+    if needs_gradient(x) and x.numel() <= SMALL:
+        return _fake_quantize_inside(x, scale, low, high, (below, above))
+    return fake_quantize_number(x, scale, low, high)
+
+
+def round_clamp(
+    x: Tensor, inverse: Tensor | float, scale: Tensor | float, low: int, high: int
+) -> Tensor:
+    """Return ``clamp(round(x * inverse), low, high) * scale`` in a buffer of its own."""
+    if isinstance(scale, Tensor):
+        steps = x.to(torch.float32).mul(inverse).round_().clamp_(low, high)
+        return steps.mul_(scale).to(x.dtype)
+    if x.dtype == torch.float32 and is_dense(x):
+        y = torch.empty_like(x)
+        _round_clamp(x, y, scale, low, high)
+        return y
+    y = x.to(torch.float32, copy=True)
+    _round_clamp(y, y, scale, low, high)
+    return y.to(x.dtype)
+
+
+def _round_clamp(x: Tensor, y: Tensor, scale: float, low: int, high: int) -> None:
+    """Write the same for ``x`` to ``y``; both float32 and dense, in the same order."""
+    loops = compiled_loops()
+    if loops is None:
+        y = y.detach()
+        torch.mul(x.detach(), reciprocal(scale), out=y).round_().clamp_(low, high).mul_(scale)
+        return
+    addresses = x.data_ptr(), y.data_ptr()
+    parts = pieces(x.numel(), x.numel())
+    if len(parts) == 1:
+        loops.round_clamp(*addresses, x.numel(), scale, low, high)
+        return
+
+    def part(some: slice) -> None:
+        at = [address + 4 * some.start for address in addresses]
+        loops.round_clamp(*at, some.stop - some.start, scale, low, high)
+
+    in_threads(part, parts)
