@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qatkit.kernels import cpu, learned, portable
 from qatkit.kernels.gradient import Gradient
-from qatkit.kernels.layout import rows
+from qatkit.kernels.layout import dense_order, rows
 
 
 def is_eager_cpu(x: Tensor) -> bool:
@@ -94,6 +94,11 @@ def shrink(x: Tensor, percentile: float, axis: int | None) -> tuple[Tensor, Tens
         from qatkit.kernels import gpu
 
         return gpu.shrink(x, percentile, axis)
+    if axis is None and x.numel() and x.dtype is torch.float32 and is_eager_cpu(x):
+        ends = cpu.shrink_row(dense_order(x), percentile)
+        if ends is not None:
+            low, high = torch.tensor(ends).unbind()
+            return low, high
     x_CM = rows(x, axis).to(torch.float32)
     if not x_CM.numel():
         low, high = x_CM.new_zeros(x_CM.shape[0]), x_CM.new_zeros(x_CM.shape[0])
