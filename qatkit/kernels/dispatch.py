@@ -97,8 +97,7 @@ def shrink(x: Tensor, percentile: float, axis: int | None) -> tuple[Tensor, Tens
     if axis is None and x.numel() and x.dtype is torch.float32 and is_eager_cpu(x):
         ends = cpu.shrink_row(dense_order(x), percentile)
         if ends is not None:
-            low, high = torch.tensor(ends).unbind()
-            return low, high
+            return torch.tensor(ends[0]), torch.tensor(ends[1])
     x_CM = rows(x, axis).to(torch.float32)
     if not x_CM.numel():
         low, high = x_CM.new_zeros(x_CM.shape[0]), x_CM.new_zeros(x_CM.shape[0])

@@ -201,7 +201,8 @@ def test_properties(values, one, other):
     outer, inner = pair(shrink_range(x, wide)), pair(shrink_range(x, narrow))
     assert outer[0] <= inner[0]
     assert inner[1] <= outer[1]
-    assert pair(shrink_range(x * 8, one)) == (low * 8, high * 8)
+    if width > 1e-35:  # a result below the normal numbers is rounded
+        assert pair(shrink_range(x * 8, one)) == (low * 8, high * 8)
 
 
 def test_subsampling_keeps_the_extremes():
