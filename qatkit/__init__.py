@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from qatkit import nn
+from qatkit.accumulation import quantize_weights_once
 from qatkit.calibrate import calibrate
 from qatkit.calibration_report import CalibrationReport
 from qatkit.checkpoint import load, save
@@ -85,6 +86,7 @@ __all__ = [
     "plan",
     "prepare",
     "ptq",
+    "quantize_weights_once",
     "reestimate_batch_norm",
     "save",
     "sensitivity",

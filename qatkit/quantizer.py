@@ -29,6 +29,7 @@ from qatkit.observers import (
     translated,
     update,
 )
+from qatkit.once import Once
 from qatkit.plain_numbers import knows_activation, knows_weight, quantize_weight
 from qatkit.ranks import range_of_parts, stacked_over_ranks, world_size
 from qatkit.recompute import UsedRanges, is_recomputing, may_be_recomputed
@@ -85,6 +86,8 @@ class TensorQuantizer(nn.Module):
     max_val: Tensor
     num_batches: Tensor
 
+    once: Once | None = None
+    """Keeps what became of a weight, within `qatkit.quantize_weights_once`."""
     _trained: ClassVar[type[TensorQuantizer]]
     """The class that trains its range."""
 
@@ -225,7 +228,15 @@ class TensorQuantizer(nn.Module):
         if frozen and not self.calibrated:
             return None
         observing = self.observing and not is_recomputing()
+        if self.once is not None:
+            again = self.once.find(x, self.spec, self.observe)
+            if again is not None:
+                if observing:
+                    self.num_batches.add_(1)
+                return again
         quantized = quantize_weight(x, self._state, self.spec, own=not frozen, watched=observing)
+        if self.once is not None and quantized is not None:
+            self.once.keep(x, self.spec, self.observe, quantized)
         self._has_range = self._has_range or (observing and quantized is not None)
         return quantized
 

@@ -31,6 +31,7 @@ SIGNATURES = {
     "disable_quantization": "(model, pattern='*')",
     "enable_quantization": "(model, pattern='*')",
     "freeze_ranges": "(model)",
+    "quantize_weights_once": "(model)",
     "freeze_batch_norm": "(model)",
     "shrink_range": "(x, percentile, *, axis=None, exact_ti=False, phase=None)",
     "export_onnx": "(model, example_inputs, path, *, opset=13, dynamic_batch=True, "

@@ -21,7 +21,14 @@ from torch import Tensor
 
 from qatkit.kernels import portable
 from qatkit.kernels.cpu.bounds import first_outside, gate, has_reciprocal, reciprocal
-from qatkit.kernels.cpu.gradients import stopped, stopped_by_channel
+from qatkit.kernels.cpu.gradients import (
+    Kept,
+    kept_from,
+    needs_gradient,
+    stopped,
+    stopped_by_channel,
+    straight,
+)
 from qatkit.kernels.cpu.ranges import shrink, shrink_row
 from qatkit.kernels.cpu.rows import (
     fake_quantize_rows,
@@ -38,6 +45,7 @@ from qatkit.kernels.cpu.tensors import (
 from qatkit.kernels.portable import along
 
 __all__ = [
+    "Kept",
     "Watched",
     "fake_quantize",
     "fake_quantize_in_range",
@@ -48,11 +56,14 @@ __all__ = [
     "first_outside",
     "gate",
     "has_reciprocal",
+    "kept_from",
+    "needs_gradient",
     "observe_and_quantize",
     "reciprocal",
     "round_clamp",
     "shrink",
     "shrink_row",
+    "straight",
 ]
 
 

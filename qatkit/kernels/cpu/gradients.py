@@ -9,7 +9,7 @@ saves for the backward pass is complete by then, for a hook may copy it at once.
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -49,6 +49,21 @@ def straight(x: Tensor, result: Tensor, places: Array | None) -> Tensor:
     """
     y: Tensor = _Straight.apply(x, result, places)
     return y
+
+
+class Kept(NamedTuple):
+    """A result that can be used for another forward, see `straight`."""
+
+    result: Tensor
+    places: Array | None
+
+
+def kept_from(y: Tensor) -> Kept | None:
+    """Return what `straight` made ``y`` of, ``None`` if something else made it."""
+    node: Any = y.grad_fn
+    if getattr(node, "_forward_cls", None) is not _Straight:
+        return None
+    return Kept(y.detach(), node.places)
 
 
 def stopped(x: Tensor, scale: float, low: int, high: int, result: Tensor) -> Tensor:

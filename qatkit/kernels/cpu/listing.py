@@ -12,7 +12,7 @@ from qatkit.kernels.cpu.compiled import compiled_loops
 from qatkit.kernels.cpu.gradients import Array, needs_gradient
 from qatkit.kernels.cpu.threads import in_threads, pieces
 
-_FEW = 2048
+_FEW = 512
 """One element of so many may be listed."""
 
 
