@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from qatkit.kernels.cpu import Kept, kept_from, needs_gradient, straight
+from qatkit.kernels.cpu.state import read_address
 from qatkit.spec import QuantSpec
 
 
@@ -43,4 +44,4 @@ class Once:
 
 
 def _key(x: Tensor, spec: QuantSpec, observe: str) -> tuple[Any, ...]:
-    return id(x), x.data_ptr(), x._version, spec, observe
+    return id(x), read_address(x), x._version, spec, observe

@@ -63,8 +63,8 @@ def requirements(metadata: Message, extra: str | None) -> set[str]:
     return found
 
 
-def test_core_needs_torch_and_numpy_only(metadata: Message) -> None:
-    assert requirements(metadata, None) == {"torch", "numpy"}
+def test_core_needs_torch_numpy_and_numba_only(metadata: Message) -> None:
+    assert requirements(metadata, None) == {"torch", "numpy", "numba"}
     assert metadata["Requires-Python"] == ">=3.10"
     assert (metadata["Name"], metadata["Version"]) == ("qatkit", "0.1.0")
 

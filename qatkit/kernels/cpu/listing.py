@@ -10,6 +10,7 @@ from torch import Tensor
 
 from qatkit.kernels.cpu.compiled import compiled_loops
 from qatkit.kernels.cpu.gradients import Array, needs_gradient
+from qatkit.kernels.cpu.state import read_address
 from qatkit.kernels.cpu.threads import in_threads, pieces
 
 _FEW = 512
@@ -32,7 +33,11 @@ def round_and_list(
     Returns:
         Places in the order of memory, ``None`` for too many.
     """
-    total, data, loops = x.numel(), (x.data_ptr(), y.data_ptr()), cast(ModuleType, compiled_loops())
+    total, data, loops = (
+        x.numel(),
+        (read_address(x), y.data_ptr()),
+        cast(ModuleType, compiled_loops()),
+    )
     parts = pieces(total, -(-total // length))
     places = np.empty((len(parts), total // _FEW + 1 if needs_gradient(x) else 0), np.int64)
     address, room = places.ctypes.data, places.shape[1]

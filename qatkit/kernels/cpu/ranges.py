@@ -10,6 +10,7 @@ from torch import Tensor
 
 from qatkit.kernels import portable
 from qatkit.kernels.cpu.compiled import compiled_loops
+from qatkit.kernels.cpu.state import read_address
 from qatkit.kernels.cpu.threads import in_threads, pieces
 
 
@@ -47,7 +48,7 @@ def shrink_row(x_M: Tensor, percentile: float) -> tuple[float, float] | None:
     x_M, most = x_M.contiguous(), portable.droppable(len(x_M), percentile)
     parts = pieces(len(x_M), len(x_M) // loops.BLOCK)
     if len(parts) == 1:
-        usual, low, high = loops.shrink(x_M.data_ptr(), len(x_M), most)
+        usual, low, high = loops.shrink(read_address(x_M), len(x_M), most)
     else:
         usual, low, high = _shrink_in_threads(x_M, most, parts, loops)
     return (low, high) if usual else None
@@ -65,12 +66,12 @@ def _shrink_in_threads(
         start = part.start * loops.BLOCK
         stop = len(x_M) if part is parts[-1] else part.stop * loops.BLOCK
         skip = 4 * part.start * loops.LANES
-        here, some = x_M.data_ptr() + 4 * start, (part.stop - part.start) * loops.LANES
+        here, some = read_address(x_M) + 4 * start, (part.stop - part.start) * loops.LANES
         finite: bool = loops.find_peaks(here, stop - start, low + skip, high + skip, some)
         return finite
 
     finite = all(in_threads(find, parts))
     found: tuple[bool, float, float] = loops.shrink_from_peaks(
-        x_M.data_ptr(), len(x_M), most, low, high, blocks, finite
+        read_address(x_M), len(x_M), most, low, high, blocks, finite
     )
     return found

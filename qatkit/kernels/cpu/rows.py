@@ -19,7 +19,7 @@ from qatkit.kernels.cpu.gradients import (
     with_gradient,
 )
 from qatkit.kernels.cpu.listing import round_and_list
-from qatkit.kernels.cpu.state import State, is_numbers, is_state
+from qatkit.kernels.cpu.state import State, is_lazy, is_numbers, is_state, read_address
 from qatkit.kernels.cpu.threads import in_threads, pieces
 from qatkit.kernels.layout import is_dense
 from qatkit.kernels.portable import along
@@ -48,7 +48,7 @@ def fake_quantize_rows(x: Tensor, quant_max: int, state: State | None) -> Tensor
     if state is not None and not is_state(state, x.shape[:1]):
         return None
     y = carrier(x)
-    data = x.data_ptr(), y.data_ptr()
+    data = read_address(x), y.data_ptr()
     ends = (0, 0) if state is None else (state[0].data_ptr(), state[1].data_ptr())
 
     def part(some: slice) -> bool:
@@ -85,7 +85,7 @@ def fake_quantize_rows_in_ranges(
         return None
     low, high, _ = state
     scale = torch.empty_like(low)
-    ranges = low.data_ptr(), high.data_ptr(), scale.data_ptr()
+    ranges = read_address(low), read_address(high), scale.data_ptr()
     if not loops.symmetric_scales(*ranges, rows, True, quant_max):
         return None
     return _round_rows(x, scale, quant_min, quant_max, 0, x.numel() // rows)
@@ -105,10 +105,10 @@ def fake_quantize_rows_on_grids(
 
 def _round_rows(x: Tensor, scale: Tensor, low: int, high: int, axis: int, length: int) -> Tensor:
     """Fake-quantize rows of ``length`` elements, which are parts of memory, with their scales."""
-    y, rows = torch.empty_like(x), (scale.data_ptr(), len(scale))
+    y, rows = torch.empty_like(x), (read_address(scale), len(scale))
     if needs_gradient(x) and x.numel() <= SMALL:
         inside = torch.empty_like(x)
-        data = x.data_ptr(), y.data_ptr(), inside.data_ptr(), x.numel(), length
+        data = read_address(x), y.data_ptr(), inside.data_ptr(), x.numel(), length
         cast(ModuleType, compiled_loops()).round_clamp_masked(*data, *rows, low, high)
         product = x.mul(inside)
         product.detach().copy_(y)
@@ -123,7 +123,7 @@ def _round_rows(x: Tensor, scale: Tensor, low: int, high: int, axis: int, length
 
 def _has_rows(x: Tensor, axis: int, length: int) -> bool:
     """Tell whether what is behind ``axis`` are runs of ``length`` elements in memory, in order."""
-    if not x.numel():
+    if not x.numel() or is_lazy(x):
         return False
     if x.is_contiguous():
         return True

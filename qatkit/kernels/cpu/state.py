@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 State: TypeAlias = tuple[Tensor, Tensor, Tensor]
 """The buffers ``(min, max, count)`` of a quantizer: () or (C,) float32 twice, () int64."""
+
+
+read_address: Callable[[Tensor], int] = getattr(Tensor, "const_data_ptr", Tensor.data_ptr)
+"""Return the address of a tensor that is only read: a lazy clone stays one, see `is_lazy`."""
+
+
+def is_lazy(x: Tensor) -> bool:
+    """Tell whether the address of ``x`` cannot be had without a copy of what it shares."""
+    torch_c: Any = torch._C
+    return read_address is Tensor.data_ptr and bool(torch_c._is_cow_tensor(x))
 
 
 def is_state(state: State, shape: torch.Size) -> bool:

@@ -14,7 +14,7 @@ from qatkit.kernels.cpu.bounds import first_outside, reciprocal
 from qatkit.kernels.cpu.compiled import compiled_loops
 from qatkit.kernels.cpu.gradients import SMALL, needs_gradient, stopped, straight
 from qatkit.kernels.cpu.listing import round_and_list
-from qatkit.kernels.cpu.state import State, is_state
+from qatkit.kernels.cpu.state import State, is_state, read_address
 from qatkit.kernels.cpu.threads import in_threads, pieces
 from qatkit.kernels.layout import dense_order, is_dense
 
@@ -97,7 +97,7 @@ def observe_and_quantize(x: Tensor, state: State, watched: Watched) -> Tensor | 
     addresses = tuple(each.data_ptr() for each in state)
     join = loops.RULES[watched.rule], watched.least, watched.greatest
     codes = watched.signed, watched.low, watched.high
-    usual, *grid = loops.observe(row.data_ptr(), len(row), most, addresses, *join, *codes)
+    usual, *grid = loops.observe(read_address(row), len(row), most, addresses, *join, *codes)
     return _on_grid(x, watched, *grid) if usual else None
 
 
@@ -114,7 +114,7 @@ def fake_quantize_in_range(x: Tensor, state: State, watched: Watched) -> Tensor 
         return None
     low, high, _ = state
     codes = watched.signed, watched.low, watched.high
-    return _on_grid(x, watched, *loops.grid(low.data_ptr(), high.data_ptr(), *codes))
+    return _on_grid(x, watched, *loops.grid(read_address(low), read_address(high), *codes))
 
 
 def _on_grid(x: Tensor, watched: Watched, scale: float, below: float, above: float) -> Tensor:
@@ -147,7 +147,7 @@ def _round_clamp(x: Tensor, y: Tensor, scale: float, low: int, high: int) -> Non
         y = y.detach()
         torch.mul(x.detach(), reciprocal(scale), out=y).round_().clamp_(low, high).mul_(scale)
         return
-    addresses = x.data_ptr(), y.data_ptr()
+    addresses = read_address(x), y.data_ptr()
     parts = pieces(x.numel(), x.numel())
     if len(parts) == 1:
         loops.round_clamp(*addresses, x.numel(), scale, low, high)
