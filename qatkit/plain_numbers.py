@@ -1,9 +1,9 @@
 """The quantizers of most tensors, eager on the CPU, in a call or two.
 
 A step runs some hundred quantizers, and each has a handful of numbers to compute: on small tensors
-the calls cost more than the passes over the data. These functions do what the observers and
-`qparams` do, for one symmetric range for a tensor and for the ranges of the rows of a weight. They
-return ``None`` where the data are unusual; the general way decides then.
+the calls cost more than the passes over the data. What the observers and `qparams` do is part of
+loops in `qatkit.kernels.cpu`, for one symmetric range of a tensor and for the ranges of the rows of
+a weight. They return ``None`` where the data are unusual; the general way decides then.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from qatkit.spec import QuantSpec
 
 
 @functools.lru_cache(maxsize=1024)
-def knows_activation(spec: QuantSpec) -> cpu.Watched | None:
+def knows_activation(spec: QuantSpec) -> cpu.ActivationNumbers | None:
     """Return the numbers of a quantizer for `quantize_activation`, ``None`` if it is no such one.
 
     >>> knows_activation(QuantSpec(observer="sigma")) is None
@@ -28,7 +28,9 @@ def knows_activation(spec: QuantSpec) -> cpu.Watched | None:
     percentile = percentile_of(spec)
     if spec.axis is not None or spec.memory != "running" or percentile is None or not _plain(spec):
         return None
-    return cpu.Watched(percentile, *join_of(spec), spec.signed, spec.quant_min, spec.quant_max)
+    return cpu.ActivationNumbers(
+        percentile, *join_of(spec), spec.signed, spec.quant_min, spec.quant_max
+    )
 
 
 @functools.lru_cache(maxsize=1024)
@@ -47,7 +49,7 @@ def _plain(spec: QuantSpec) -> bool:
 
 
 def quantize_weight(
-    x: Tensor, state: State, spec: QuantSpec, *, own: bool, watched: bool
+    x: Tensor, state: State, spec: QuantSpec, *, own: bool, remember: bool
 ) -> Tensor | None:
     """Fake-quantize a weight (C, ...), each row with a range of its own.
 
@@ -56,8 +58,8 @@ def quantize_weight(
         state: buffers ``(min, max, count)``: (C,) float32 twice, () int64.
         spec: one that `knows_weight`.
         own: whether the range is that of the row at hand, else the remembered one.
-        watched: whether to remember it.
+        remember: whether to remember it.
     """
     if own:
-        return cpu.fake_quantize_rows(x, spec.quant_max, state if watched else None)
+        return cpu.fake_quantize_rows(x, spec.quant_max, state if remember else None)
     return cpu.fake_quantize_rows_in_ranges(x, state, spec.quant_min, spec.quant_max)

@@ -17,7 +17,7 @@ from qatkit.functional import (
     qparams,
 )
 from qatkit.kernels import is_eager_cpu, is_gpu
-from qatkit.kernels.cpu import Watched, fake_quantize_in_range, observe_and_quantize
+from qatkit.kernels.cpu import ActivationNumbers, fake_quantize_in_range, observe_and_quantize
 from qatkit.observers import (
     OBSERVERS,
     Grid,
@@ -119,7 +119,9 @@ class TensorQuantizer(nn.Module):
         self.queue: list[Range] | None = None
         self._used = UsedRanges()
         bounds = spec.fixed_range or (0.0, 0.0)
-        self._make_range(*(torch.full(shape, end, device=device) for end in bounds))
+        self._make_range(
+            *(torch.full(shape, end, dtype=torch.float32, device=device) for end in bounds)
+        )
         count = torch.tensor(int(self._has_range), dtype=torch.int64, device=device)
         self.register_buffer("num_batches", count)
 
@@ -219,9 +221,9 @@ class TensorQuantizer(nn.Module):
 
     def _in_plain_numbers(self, x: Tensor) -> Tensor | None:
         """Do the same the short way where nothing is out of the ordinary, else return ``None``."""
-        watched = knows_activation(self.spec)
-        if watched is not None:
-            return self._plain_activation(x, watched) if self._is_plain(x) else None
+        numbers = knows_activation(self.spec)
+        if numbers is not None:
+            return self._plain_activation(x, numbers) if self._is_plain(x) else None
         if not (knows_weight(self.spec) and self._is_plain(x)):
             return None
         frozen = self.observe == "never"
@@ -229,25 +231,25 @@ class TensorQuantizer(nn.Module):
             return None
         observing = self.observing and not is_recomputing()
         if self.once is not None:
-            again = self.once.find(x, self.spec, self.observe)
+            again = self.once.find(x, self.min_val, self.spec, self.observe)
             if again is not None:
                 if observing:
                     self.num_batches.add_(1)
                 return again
-        quantized = quantize_weight(x, self._state, self.spec, own=not frozen, watched=observing)
+        quantized = quantize_weight(x, self._state, self.spec, own=not frozen, remember=observing)
         if self.once is not None and quantized is not None:
-            self.once.keep(x, self.spec, self.observe, quantized)
+            self.once.keep(quantized, x, self.min_val, self.spec, self.observe)
         self._has_range = self._has_range or (observing and quantized is not None)
         return quantized
 
-    def _plain_activation(self, x: Tensor, watched: Watched) -> Tensor | None:
+    def _plain_activation(self, x: Tensor, numbers: ActivationNumbers) -> Tensor | None:
         if not self.observing:
             if not self.calibrated:
                 return None
-            return fake_quantize_in_range(x, self._state, watched)
+            return fake_quantize_in_range(x, self._state, numbers)
         if is_recomputing() or may_be_recomputed() or self._asks_other_ranks:
             return None
-        quantized = observe_and_quantize(x, self._state, watched)
+        quantized = observe_and_quantize(x, self._state, numbers)
         self._has_range = self._has_range or quantized is not None
         return quantized
 
@@ -283,9 +285,9 @@ class TensorQuantizer(nn.Module):
     def _rows_on_gpu(self, x: Tensor) -> Tensor:
         from qatkit.kernels import gpu
 
-        watched = self.observing and not is_recomputing()
-        state = self._state if watched else None
-        self._has_range = self._has_range or watched
+        observing = self.observing and not is_recomputing()
+        state = self._state if observing else None
+        self._has_range = self._has_range or observing
         return gpu.quantize_rows(x, self.spec.axis, self.spec.quant_max, state)
 
     @property

@@ -111,3 +111,28 @@ def test_nothing_is_kept_outside_or_copied() -> None:
 def test_a_model_without_quantizers() -> None:
     with pytest.raises(qatkit.QatkitError, match="has no quantizers"):
         qatkit.quantize_weights_once(nn.Linear(2, 2))
+
+
+def test_a_range_that_is_set_or_forgotten_in_between() -> None:
+    model = prepared(frozen=True)
+    quantizer = model[0].weight_quantizer
+    with qatkit.quantize_weights_once(model):
+        model(X)
+        quantizer.set_range(-torch.ones(300), torch.ones(300))
+        assert torch.equal(model[0].quantized_weight(), copy.deepcopy(model)[0].quantized_weight())
+    model = prepared()
+    quantizer = model[0].weight_quantizer
+    with qatkit.quantize_weights_once(model):
+        model(X)
+        quantizer.reset_range()
+        model(X)
+    assert quantizer.num_batches == 1
+    assert torch.equal(quantizer.max_val, model[0].weight.detach().amax((1, 2, 3)))
+
+
+def test_a_result_that_was_written_to_is_not_used_again() -> None:
+    model = prepared()
+    with qatkit.quantize_weights_once(model):
+        expected = model[0].quantized_weight().detach().clone()
+        model[0].quantized_weight().mul_(2)
+        assert torch.equal(model[0].quantized_weight(), expected)

@@ -58,3 +58,29 @@ def test_transforms(model: nn.Module) -> None:
     for name, gradients in each.items():
         torch.testing.assert_close(gradients.sum(0), found[name], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(torch.vmap(model)(X[:, None])[:, 0], model(X))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_forward_mode(model: nn.Module) -> None:
+    from torch.autograd import forward_ad
+
+    direction = torch.randn_like(X)
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(model(forward_ad.make_dual(X, direction))).tangent
+    expected = torch.func.jvp(model, (X,), (direction,))[1]
+    torch.testing.assert_close(tangent, expected)
+    x = X.clone().requires_grad_()
+    grad = torch.autograd.grad(model(x), x, torch.ones_like(expected))[0]
+    torch.testing.assert_close((grad * direction).sum(), expected.sum(), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("size", [8, 300])
+def test_batched_gradients(size: int) -> None:
+    quantizer = qatkit.TensorQuantizer(qatkit.QuantSpec(percentile=1e-4))
+    x = torch.randn(4, size, 300, requires_grad=True)
+    y = quantizer(x)
+    grads = torch.randn(2, *y.shape)
+    batched = torch.autograd.grad(y, x, grads, is_grads_batched=True, retain_graph=True)[0]
+    each = [torch.autograd.grad(y, x, grad, retain_graph=True)[0] for grad in grads]
+    assert torch.equal(batched, torch.stack(each))

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from qatkit.kernels import cpu, learned, portable
 from qatkit.kernels.gradient import Gradient
@@ -17,10 +18,17 @@ from qatkit.kernels.layout import dense_order, rows
 def is_eager_cpu(x: Tensor) -> bool:
     """Tell whether ``x`` is on the CPU and only computed with: reading its memory is free then."""
     plain = type(x) is Tensor or type(x) is torch.nn.Parameter
-    return plain and x.device.type == "cpu" and not _is_watched()
+    return plain and x.device.type == "cpu" and not _is_recorded() and _has_memory(x)
 
 
-def _is_watched() -> bool:
+def _has_memory(x: Tensor) -> bool:
+    """Tell whether the memory of ``x`` holds its elements."""
+    if x.layout is not torch.strided or x.is_neg() or x._is_zerotensor():
+        return False
+    return x.untyped_storage().nbytes() > 0 or x.numel() == 0
+
+
+def _is_recorded() -> bool:
     """Tell whether somebody wants to see each operator: a compiler, a tracer, a transform."""
     torch_c: Any = torch._C
     return bool(
@@ -28,6 +36,7 @@ def _is_watched() -> bool:
         or torch_c._get_tracing_state() is not None
         or torch_c._len_torch_dispatch_stack()
         or torch_c._functorch.maybe_current_level() is not None
+        or forward_ad._current_level >= 0
     )
 
 
@@ -97,7 +106,8 @@ def shrink(x: Tensor, percentile: float, axis: int | None) -> tuple[Tensor, Tens
     if axis is None and x.numel() and x.dtype is torch.float32 and is_eager_cpu(x):
         ends = cpu.shrink_row(dense_order(x), percentile)
         if ends is not None:
-            return torch.tensor(ends[0]), torch.tensor(ends[1])
+            low, high = (torch.tensor(e, dtype=torch.float32, device="cpu") for e in ends)
+            return low, high
     x_CM = rows(x, axis).to(torch.float32)
     if not x_CM.numel():
         low, high = x_CM.new_zeros(x_CM.shape[0]), x_CM.new_zeros(x_CM.shape[0])

@@ -215,6 +215,12 @@ class _FakeQuantize(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, scale, zero_point, ctx.low, ctx.high = inputs
         ctx.save_for_backward(x, scale, zero_point)
+        ctx.save_for_forward(x, scale, zero_point)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
+        x, scale, zero_point = ctx.saved_tensors
+        return passed(tangent, x, scale, zero_point, ctx.low, ctx.high)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
@@ -234,6 +240,10 @@ class _FakeQuantizeUnclipped(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Nothing is needed."""
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
+        return tangent.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

@@ -14,7 +14,7 @@ from qatkit.observers.learned import (
     range_of,
     to_parameters,
 )
-from qatkit.observers.memory import is_empty, update, update_numbers
+from qatkit.observers.memory import is_empty, update
 from qatkit.observers.observer import Observer, Range
 from qatkit.observers.observing import observe
 from qatkit.observers.registry import OBSERVERS
@@ -47,7 +47,6 @@ __all__ = [
     "to_parameters",
     "translated",
     "update",
-    "update_numbers",
 ]
 
 

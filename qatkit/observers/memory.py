@@ -46,7 +46,7 @@ def update(
     old_min, old_max, count = state
     if kernels.is_eager_cpu(old_min):
         if old_min.dim() == 0:
-            update_numbers(rule, state, (new[0].item(), new[1].item()), spec)
+            _update_numbers(rule, state, (new[0].item(), new[1].item()), spec)
             return
         views = [tensor.detach().numpy() for tensor in (*state, *new)]
         low, high = rule(views[0], views[1], np.float32(views[2]), views[3], views[4], spec)
@@ -59,7 +59,7 @@ def update(
     count.add_(1)
 
 
-def update_numbers(
+def _update_numbers(
     rule: Remember, state: tuple[Tensor, Tensor, Tensor], new: tuple[float, float], spec: QuantSpec
 ) -> tuple[float, float]:
     """Do the same for one range on the CPU, and return the one that is remembered now.

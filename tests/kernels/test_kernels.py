@@ -26,7 +26,7 @@ def test_block_extremes_are_the_extremes(k, largest):
 
 @pytest.mark.parametrize("percentile", [0.01, 0.1, 0.3, 1.0, 20.0, 49.0])
 @pytest.mark.parametrize("count", [3000, 70001])
-def test_counting_gives_the_bins_of_the_histogram(percentile: float, count: int) -> None:
+def test_rows_of_all_sorts(percentile: float, count: int) -> None:
     torch.manual_seed(0)
     x = torch.randn(count)
     odd = [x.sort().values, torch.cat([torch.zeros(count), x]), torch.randint(0, 5, (count,)) - 2.0]

@@ -36,7 +36,7 @@ from qatkit.kernels.cpu.rows import (
     fake_quantize_rows_on_grids,
 )
 from qatkit.kernels.cpu.tensors import (
-    Watched,
+    ActivationNumbers,
     fake_quantize_in_range,
     fake_quantize_number,
     observe_and_quantize,
@@ -45,11 +45,10 @@ from qatkit.kernels.cpu.tensors import (
 from qatkit.kernels.portable import along
 
 __all__ = [
+    "ActivationNumbers",
     "Kept",
-    "Watched",
     "fake_quantize",
     "fake_quantize_in_range",
-    "fake_quantize_number",
     "fake_quantize_rows",
     "fake_quantize_rows_in_ranges",
     "fake_quantize_unclipped",

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import functools
-import math
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from qatkit.kernels import portable
-
-_LARGEST = float(np.finfo(np.float32).max)
 
 
 def gate(grad: Tensor, x: Tensor, below: float, above: float) -> Tensor:
@@ -42,34 +39,14 @@ def first_outside(scale: float, low: int, high: int) -> tuple[float, float]:
 
 
 def _first_above(inverse: float, high: int) -> float:
-    middle, is_above = _rounds_above(high)
-    x = middle / inverse
-    if x > _LARGEST:
-        return math.inf
-    x = float(np.float32(x))  # this one or a neighbour; products are exact in float64
-    mantissa, exponent = math.frexp(x)
-    step = math.ldexp(1.0, max(exponent - 24, -149))
-    if _is_inside(x * inverse, middle, is_above):
-        return x + step
-    before = x - (step / 2 if mantissa == 0.5 and exponent > -125 else step)
-    return x if _is_inside(before * inverse, middle, is_above) else before
-
-
-def _is_inside(product: float, middle: float, is_above: bool) -> bool:
-    return product < middle or (product == middle and not is_above)
-
-
-@functools.lru_cache(maxsize=256)
-def _rounds_above(high: int) -> tuple[float, bool]:
-    """Return the least product that float32 and then ``round`` take above ``high``.
-
-    It is a bound in float64, and whether it is above ``high`` itself.
-    """
-    limit = np.float32(high + 0.5)
-    if high % 2 == 0:  # half to even: high + 0.5 rounds to high, which is inside
-        limit = np.nextafter(limit, np.float32(np.inf))
-    before = np.nextafter(limit, np.float32(0))
-    return (float(limit) + float(before)) / 2, int(limit.view(np.int32)) % 2 == 0
+    step, most = np.float32(inverse), np.float32(high)
+    with np.errstate(over="ignore"):
+        x = (most + np.float32(0.5)) / step  # this one or a neighbour
+        while np.rint(x * step) > most:
+            x = np.nextafter(x, np.float32(0))
+        while np.rint(x * step) <= most:
+            x = np.nextafter(x, np.float32(np.inf))
+    return float(x)
 
 
 def reciprocal(scale: float) -> float:

@@ -2,7 +2,7 @@
 
 A `torch.autograd.Function` comes back to Python in the backward pass, which costs more than a small
 tensor itself. With one scale the gradient of fake quantization is that of ``clip(x)``, with a grid
-that holds all of x that of ``clone(x)``, and else that of a product with zeros and ones. On small
+that holds all of x that of ``clone(x)``, and else that of ``masked_fill``. On small
 tensors PyTorch records only this, and what is computed is written to its result unseen. What it
 saves for the backward pass is complete by then, for a hook may copy it at once.
 """
@@ -19,6 +19,7 @@ from qatkit.kernels.cpu.bounds import first_outside, gate
 from qatkit.kernels.cpu.sharing import is_unshared
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
+_torch: Any = torch._C
 SMALL = 2**18
 """Elements for which a second pass is cheaper than a backward pass in Python."""
 
@@ -83,13 +84,17 @@ class _Straight(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, result: Tensor, places: Array | None) -> Tensor:
-        ctx.stride = x.stride()
+        ctx.shape, ctx.stride = x.shape, x.stride()
         ctx.places = places if places is not None and len(places) else None
         return result.detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         if ctx.places is not None:
+            if type(grad) is not Tensor or _torch._functorch.maybe_current_level() is not None:
+                kept = torch.empty_strided(ctx.shape, ctx.stride, dtype=torch.bool).fill_(True)
+                kept.as_strided((kept.numel(),), (1,))[ctx.places] = False
+                return torch.where(kept, grad, 0.0), None, None
             if grad.stride() != ctx.stride or not is_unshared(grad):
                 grad = torch.empty_strided(grad.shape, ctx.stride, dtype=grad.dtype).copy_(grad)
             grad.as_strided((grad.numel(),), (1,)).index_fill_(0, torch.from_numpy(ctx.places), 0.0)

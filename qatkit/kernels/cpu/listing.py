@@ -18,7 +18,7 @@ _FEW = 512
 
 
 def round_and_list(
-    x: Tensor, y: Tensor, length: int, scale: int, scales: int, codes: tuple[int, int]
+    x: Tensor, y: Tensor, length: int, scale: Tensor, codes: tuple[int, int]
 ) -> Array | None:
     """Write ``x`` on the grid to ``y`` and return the places of the elements outside.
 
@@ -26,8 +26,7 @@ def round_and_list(
         x: float32, dense.
         y: the same, in the same order.
         length: elements of a row.
-        scale: address of the scales of the rows, which apply in turn.
-        scales: how many there are.
+        scale: (C,) float32, the scales of the rows, which apply in turn.
         codes: the lowest and the highest one.
 
     Returns:
@@ -45,12 +44,12 @@ def round_and_list(
     def part(some: slice) -> int:
         start, stop = some.start * length, min(some.stop * length, total)
         at = (each + 4 * start for each in data)
-        steps = scale, scales, some.start % scales
+        steps = read_address(scale), len(scale), some.start % len(scale)
         here = address + 8 * room * parts.index(some)
         count: int = loops.round_clamp_rows(*at, stop - start, length, *steps, *codes, here, room)
         return count
 
-    counts = in_threads(part, parts)
+    counts = in_threads(part, parts, (x, y, scale, places))
     if max(counts) > room:
         return None
     found = (

@@ -14,7 +14,7 @@ without reordering anything.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numba
 import numpy as np
@@ -41,13 +41,19 @@ RULES = {"blend": 0, "extremes": 1, "latest": 2}
 """How a range joins the remembered one; see `observe`."""
 
 
+def _inner(function: _Function) -> _Function:
+    """Compile as a part of what calls it."""
+    compiled: Any = numba.njit(nogil=True, error_model="numpy")(function)
+    return cast(_Function, compiled)
+
+
 def _compiled(function: _Function) -> _Function:
     """Compile at the first call, and keep the result on disk if there is a place for it."""
-    options: Any = {"nogil": True, "error_model": "numpy"}
     try:
-        return numba.njit(cache=True, **options)(function)  # type: ignore[no-any-return]
+        compiled: Any = numba.njit(cache=True, nogil=True, error_model="numpy")(function)
     except RuntimeError:  # no folder that can be written to
-        return numba.njit(**options)(function)  # type: ignore[no-any-return]
+        return _inner(function)
+    return cast(_Function, compiled)
 
 
 def _float_pointer(typing: Any, address: Any) -> Any:
@@ -58,24 +64,35 @@ def _integer_pointer(typing: Any, address: Any) -> Any:
     return types.CPointer(types.int64)(types.int64), _to_pointer
 
 
+def _byte_pointer(typing: Any, address: Any) -> Any:
+    return types.CPointer(types.uint8)(types.int64), _to_pointer
+
+
 def _to_pointer(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
     return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
 
 
 _as_floats: Any = intrinsic(_float_pointer)
 _as_integers: Any = intrinsic(_integer_pointer)
+_as_bytes: Any = intrinsic(_byte_pointer)
 
 
-@_compiled
+@_inner
 def _floats(address, shape):
     """Return the float32 array at an address."""
     return carray(_as_floats(address), shape)
 
 
-@_compiled
+@_inner
 def _integers(address, shape):
     """Return the int64 array at an address."""
     return carray(_as_integers(address), shape)
+
+
+@_inner
+def _bytes(address, shape):
+    """Return the uint8 array at an address."""
+    return carray(_as_bytes(address), shape)
 
 
 @_compiled
@@ -94,7 +111,7 @@ def round_clamp(x, y, length, scale, low, high):
     _round_clamp(_floats(x, length), _floats(y, length), step, _F(low), _F(high))
 
 
-@_compiled
+@_inner
 def _round_clamp(x, y, scale, low, high):
     inverse = _F(1) / scale
     for i in range(x.size):
@@ -145,7 +162,7 @@ def round_clamp_rows(x, y, total, length, scale, scales, first, low, high, place
     return count if count > room else _list_outside(excess, used, begin, found, count, lanes)
 
 
-@_compiled
+@_inner
 def _round_excess(x, y, excess, scale, low, high):
     """Write ``x`` on the grid to ``y``, and to ``excess`` by how many steps it is outside."""
     inverse = _F(1) / scale
@@ -157,7 +174,7 @@ def _round_excess(x, y, excess, scale, low, high):
         y[i] = inside * scale
 
 
-@_compiled
+@_inner
 def _list_outside(excess, used, begin, found, count, lanes):
     """Put the places with an excess on the list, ``begin`` being that of the first, and count them.
 
@@ -185,13 +202,13 @@ def _list_outside(excess, used, begin, found, count, lanes):
 
 
 @_compiled
-def round_clamp_masked(x, y, inside, total, length, scale, scales, low, high):
-    """Do the same, and write 1.0 to ``inside`` for the elements inside the grid, 0.0 for the rest.
+def round_clamp_masked(x, y, outside, total, length, scale, scales, low, high):
+    """Do the same, and write to ``outside`` whether each element is outside the grid.
 
     Args:
         x: address of (N,), rows of M elements.
         y: address of (N,).
-        inside: address of (N,).
+        outside: address of (N,) bytes.
         total: N.
         length: M.
         scale: address of (C,), which apply to the rows in turn, over and over.
@@ -200,17 +217,17 @@ def round_clamp_masked(x, y, inside, total, length, scale, scales, low, high):
         high: highest code.
     """
     steps, lowest, highest = _floats(scale, scales), _F(low), _F(high)
-    x_N, y_N, inside_N = _floats(x, total), _floats(y, total), _floats(inside, total)
+    x_N, y_N, outside_N = _floats(x, total), _floats(y, total), _bytes(outside, total)
     for r in range(total // length):
         start, stop = r * length, (r + 1) * length
-        x_M, y_M, inside_M = x_N[start:stop], y_N[start:stop], inside_N[start:stop]
+        x_M, y_M, outside_M = x_N[start:stop], y_N[start:stop], outside_N[start:stop]
         step = steps[r % scales]
         inverse = _F(1) / step
         for m in range(length):
             code = np.rint(x_M[m] * inverse)
             clamped = lowest if code < lowest else code
             clamped = highest if clamped > highest else clamped
-            inside_M[m] = _F(1) if code == clamped else _F(0)
+            outside_M[m] = 0 if code == clamped else 1
             y_M[m] = clamped * step
 
 
@@ -247,7 +264,7 @@ def round_rows(x, y, rows, length, quant_max, low, high):
 
 
 @_compiled
-def symmetric_scales(low, high, scale, length, signed, quant_max):
+def symmetric_scales(low, high, scale, length, quant_max):
     """Write the scales for (C,) ranges to ``scale`` and tell whether all ranges are finite.
 
     Args:
@@ -255,18 +272,17 @@ def symmetric_scales(low, high, scale, length, signed, quant_max):
         high: address of (C,).
         scale: address of (C,).
         length: C.
-        signed: whether there are codes below 0.
-        quant_max: highest code.
+        quant_max: highest code; the lowest one is its opposite or below.
     """
     lows, highs, scales = _floats(low, length), _floats(high, length), _floats(scale, length)
     finite = True
     for c in range(length):
         finite = finite and np.isfinite(lows[c]) and np.isfinite(highs[c])
-        scales[c] = _symmetric_scale(lows[c], highs[c], signed, _F(quant_max))
+        scales[c] = _symmetric_scale(lows[c], highs[c], True, _F(quant_max))
     return finite
 
 
-@_compiled
+@_inner
 def _symmetric_scale(low, high, signed, quant_max):
     """Return the scale for a range; see `qatkit.functional.qparams`."""
     amax = max(abs(low), abs(high)) if signed else max(high, _F(0))
@@ -292,7 +308,7 @@ def observe(x, length, most, state, rule, least, greatest, signed, quant_min, qu
 
     Returns:
         ``(usual, scale, below, above)``; nothing is remembered if ``usual`` is false, see
-        `shrink_row`. For the last two see `qatkit.kernels.cpu.first_outside`.
+        `shrink_row`. For the last two see `qatkit.kernels.cpu.bounds.first_outside`.
     """
     low = _floats(state[0], 1)
     high = _floats(state[1], 1)
@@ -333,14 +349,14 @@ def grid(low, high, signed, quant_min, quant_max):
     return _grid(ends[0], ends[1], signed, quant_min, quant_max)
 
 
-@_compiled
+@_inner
 def _grid(low, high, signed, quant_min, quant_max):
     scale = _symmetric_scale(low, high, signed, _F(quant_max))
     below, above = -_first_above(scale, _F(-quant_min)), _first_above(scale, _F(quant_max))
     return scale, below, above
 
 
-@_compiled
+@_inner
 def _first_above(scale, high):
     """Return the smallest float whose code is above ``high``."""
     inverse = _F(1) / scale
@@ -368,7 +384,7 @@ def shrink(x, length, most):
     return _shrink(_floats(x, length), most)
 
 
-@_compiled
+@_inner
 def _shrink(x, most):
     blocks = x.size // BLOCK * LANES
     low_peaks, high_peaks = np.empty(blocks, np.float32), np.empty(blocks, np.float32)
@@ -391,7 +407,7 @@ def find_peaks(x, length, low, high, blocks):
     return _find_peaks(_floats(x, length), ends[0], ends[1])
 
 
-@_compiled
+@_inner
 def _find_peaks(x, low, high):
     odd = np.zeros(LANES, np.float32)
     for start in range(0, low.size, LANES):
@@ -413,7 +429,7 @@ def shrink_from_peaks(x, length, most, low, high, blocks, finite):
     return _shrink_from_peaks(_floats(x, length), most, ends[0], ends[1], finite)
 
 
-@_compiled
+@_inner
 def _shrink_from_peaks(x, most, low_peaks, high_peaks, finite):
     low, high = _F(0), _F(0)
     if not finite:
@@ -447,7 +463,7 @@ def _shrink_from_peaks(x, most, low_peaks, high_peaks, finite):
     return True, new_low, new_high
 
 
-@_compiled
+@_inner
 def _lane_extremes(x, low, high, odd):
     """Find the extremes of each lane; ``odd`` becomes NaN where one is not finite."""
     for j in range(LANES):
@@ -461,7 +477,7 @@ def _lane_extremes(x, low, high, odd):
             odd[j] += value * _F(0)
 
 
-@_compiled
+@_inner
 def _extremes(x, lanes):
     """Return the smallest and the largest element and whether all are finite.
 
@@ -483,7 +499,7 @@ def _extremes(x, lanes):
     return low, high, check == 0
 
 
-@_compiled
+@_inner
 def _kth_largest(x, peaks, k, sign):
     """Return the ``k``-th largest of ``sign * x``.
 
@@ -508,7 +524,7 @@ def _kth_largest(x, peaks, k, sign):
     return heap[0]
 
 
-@_compiled
+@_inner
 def _replace_smallest(heap, value):
     """Put ``value`` into a heap, whose smallest element stands first, in place of that one."""
     place = 0
@@ -525,7 +541,7 @@ def _replace_smallest(heap, value):
     heap[place] = value
 
 
-@_compiled
+@_inner
 def _count_bins(x, low, factor, counts):
     """Add the number of elements in each bin to ``counts``, (256,) int64.
 
@@ -549,7 +565,7 @@ def _count_bins(x, low, factor, counts):
         counts[i] += four[0, i] + four[1, i] + four[2, i] + four[3, i]
 
 
-@_compiled
+@_inner
 def _ends_of_tails(counts, most):
     """Return the first and the last bin that cannot be dropped; see `portable.Tails`."""
     first, seen = 0, counts[0]

@@ -23,7 +23,7 @@ def shrink(x_CM: Tensor, percentile: float) -> tuple[Tensor, Tensor]:
     if channels == 1:
         ends = shrink_row(x_CM[0], percentile)
         if ends is not None:
-            low, high = (torch.tensor([end], dtype=torch.float32) for end in ends)
+            low, high = (torch.tensor([end], dtype=torch.float32, device="cpu") for end in ends)
             return low, high
     elif portable.droppable(total, percentile) == 0:
         low, high = x_CM.amin(1), x_CM.amax(1)
@@ -59,8 +59,8 @@ def _shrink_in_threads(
 ) -> tuple[bool, float, float]:
     """Do the same, the pass over the whole row shared by several threads."""
     blocks = parts[-1].stop * loops.LANES
-    peaks = torch.empty(2, blocks)
-    low, high = peaks[0].data_ptr(), peaks[1].data_ptr()
+    peaks = np.empty((2, blocks), np.float32)
+    low, high = peaks[0].ctypes.data, peaks[1].ctypes.data
 
     def find(part: slice) -> bool:
         start = part.start * loops.BLOCK
@@ -70,7 +70,7 @@ def _shrink_in_threads(
         finite: bool = loops.find_peaks(here, stop - start, low + skip, high + skip, some)
         return finite
 
-    finite = all(in_threads(find, parts))
+    finite = all(in_threads(find, parts, (x_M, peaks)))
     found: tuple[bool, float, float] = loops.shrink_from_peaks(
         read_address(x_M), len(x_M), most, low, high, blocks, finite
     )

@@ -57,7 +57,7 @@ def fake_quantize_rows(x: Tensor, quant_max: int, state: State | None) -> Tensor
         finite: bool = loops.round_rows(*at, some.stop - some.start, length, quant_max, *to)
         return finite
 
-    if not all(in_threads(part, pieces(x.numel(), rows))):
+    if not all(in_threads(part, pieces(x.numel(), rows), (x, y, state))):
         return None
     if state is not None:
         state[2].add_(1)
@@ -86,7 +86,7 @@ def fake_quantize_rows_in_ranges(
     low, high, _ = state
     scale = torch.empty_like(low)
     ranges = read_address(low), read_address(high), scale.data_ptr()
-    if not loops.symmetric_scales(*ranges, rows, True, quant_max):
+    if not loops.symmetric_scales(*ranges, rows, quant_max):
         return None
     return _round_rows(x, scale, quant_min, quant_max, 0, x.numel() // rows)
 
@@ -105,15 +105,17 @@ def fake_quantize_rows_on_grids(
 
 def _round_rows(x: Tensor, scale: Tensor, low: int, high: int, axis: int, length: int) -> Tensor:
     """Fake-quantize rows of ``length`` elements, which are parts of memory, with their scales."""
-    y, rows = torch.empty_like(x), (read_address(scale), len(scale))
-    if needs_gradient(x) and x.numel() <= SMALL:
-        inside = torch.empty_like(x)
-        data = read_address(x), y.data_ptr(), inside.data_ptr(), x.numel(), length
-        cast(ModuleType, compiled_loops()).round_clamp_masked(*data, *rows, low, high)
-        product = x.mul(inside)
-        product.detach().copy_(y)
-        return product
-    places = round_and_list(x, y, length, *rows, (low, high))
+    y = torch.empty_like(x)
+    in_order = x.is_contiguous()  # as the result of `masked_fill` is
+    if in_order and needs_gradient(x) and x.numel() <= SMALL:
+        outside = torch.empty_like(x, dtype=torch.bool)
+        data = read_address(x), y.data_ptr(), outside.data_ptr(), x.numel(), length
+        steps = read_address(scale), len(scale)
+        cast(ModuleType, compiled_loops()).round_clamp_masked(*data, *steps, low, high)
+        held = x.masked_fill(outside, 0.0)
+        held.detach().copy_(y)
+        return held
+    places = round_and_list(x, y, length, scale, (low, high))
     if not needs_gradient(x):
         return y
     if places is None:

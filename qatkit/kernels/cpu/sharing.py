@@ -23,6 +23,8 @@ def is_unshared(grad: Tensor) -> bool:
     """
     if torch.is_grad_enabled() or grad.requires_grad or type(grad) is not Tensor:
         return False
+    if not grad.untyped_storage().resizable():  # memory of somebody else
+        return False
     alone = _alone()
     return alone is not None and all(
         count <= least for count, least in zip(_references(grad), alone, strict=True)
@@ -36,7 +38,7 @@ def _alone() -> tuple[int, int, int] | None:
         return None
     found: list[tuple[int, int, int]] = []
     with torch.enable_grad():
-        x = torch.zeros(2, requires_grad=True)
+        x = torch.zeros(2, dtype=torch.float32, device="cpu", requires_grad=True)
         (_Probe.apply(x, found) * 2.0).sum().backward()
     return found[0]
 

@@ -28,7 +28,12 @@ def is_state(state: State, shape: torch.Size) -> bool:
     A user may have assigned others, or pruned a weight.
     """
     low, high, count = state
-    counts = count.dtype is torch.int64 and count.numel() == 1 and count.device.type == "cpu"
+    counts = (
+        type(count) is Tensor
+        and count.dtype is torch.int64
+        and count.numel() == 1
+        and count.device.type == "cpu"
+    )
     return counts and is_numbers(low, shape) and is_numbers(high, shape)
 
 
@@ -38,5 +43,5 @@ def is_numbers(x: Tensor, shape: torch.Size) -> bool:
     >>> is_numbers(torch.zeros(3), torch.Size([3])), is_numbers(torch.zeros(3), torch.Size([4]))
     (True, False)
     """
-    plain = x.dtype is torch.float32 and x.device.type == "cpu"
+    plain = type(x) is Tensor and x.dtype is torch.float32 and x.device.type == "cpu"
     return plain and x.shape == shape and x.is_contiguous()

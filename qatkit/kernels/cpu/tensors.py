@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -23,7 +22,7 @@ _RUN = 4096
 """Elements that are looked at in one go: they stay in the nearest cache."""
 
 
-class Watched(NamedTuple):
+class ActivationNumbers(NamedTuple):
     """What a quantizer of activations does, in numbers.
 
     Attributes:
@@ -61,8 +60,9 @@ def fake_quantize_number(x: Tensor, scale: float, low: int, high: int) -> Tensor
     if compiled_loops() is None or not is_dense(x):
         y = round_clamp(x.detach(), reciprocal(scale), scale, low, high)
         return stopped(x, scale, low, high, y)
-    y, step = torch.empty_like(x), np.full(1, scale, np.float32)
-    places = round_and_list(x, y, _RUN, step.ctypes.data, 1, (low, high))
+    y = torch.empty_like(x)
+    step = torch.tensor([scale], dtype=torch.float32, device="cpu")
+    places = round_and_list(x, y, _RUN, step, (low, high))
     if places is None:
         return stopped(x, scale, low, high, y)
     return straight(x, y, places)
@@ -77,13 +77,13 @@ def _fake_quantize_inside(
     return y
 
 
-def observe_and_quantize(x: Tensor, state: State, watched: Watched) -> Tensor | None:
+def observe_and_quantize(x: Tensor, state: State, numbers: ActivationNumbers) -> Tensor | None:
     """Estimate the range of ``x``, let it join the remembered one, and fake-quantize ``x``.
 
     Args:
         x: float32, not empty.
         state: buffers ``(min, max, count)``: () float32 twice, () int64.
-        watched: the observer and the grid.
+        numbers: the observer and the grid.
 
     Returns:
         The result. ``None``, with nothing remembered, where that takes more care, see `shrink_row`,
@@ -93,32 +93,34 @@ def observe_and_quantize(x: Tensor, state: State, watched: Watched) -> Tensor | 
     if loops is None or len(pieces(x.numel(), x.numel())) > 1 or not is_state(state, _ONE):
         return None
     row = dense_order(x).contiguous()
-    most = portable.droppable(x.numel(), watched.percentile)
+    most = portable.droppable(x.numel(), numbers.percentile)
     addresses = tuple(each.data_ptr() for each in state)
-    join = loops.RULES[watched.rule], watched.least, watched.greatest
-    codes = watched.signed, watched.low, watched.high
+    join = loops.RULES[numbers.rule], numbers.least, numbers.greatest
+    codes = numbers.signed, numbers.low, numbers.high
     usual, *grid = loops.observe(read_address(row), len(row), most, addresses, *join, *codes)
-    return _on_grid(x, watched, *grid) if usual else None
+    return _on_grid(x, numbers, *grid) if usual else None
 
 
-def fake_quantize_in_range(x: Tensor, state: State, watched: Watched) -> Tensor | None:
+def fake_quantize_in_range(x: Tensor, state: State, numbers: ActivationNumbers) -> Tensor | None:
     """Fake-quantize ``x`` with a remembered range.
 
     Args:
         x: float32.
         state: buffers ``(min, max, count)``: () float32 twice, () int64.
-        watched: the grid.
+        numbers: the grid.
     """
     loops = compiled_loops()
     if loops is None or not is_state(state, _ONE):
         return None
     low, high, _ = state
-    codes = watched.signed, watched.low, watched.high
-    return _on_grid(x, watched, *loops.grid(read_address(low), read_address(high), *codes))
+    codes = numbers.signed, numbers.low, numbers.high
+    return _on_grid(x, numbers, *loops.grid(read_address(low), read_address(high), *codes))
 
 
-def _on_grid(x: Tensor, watched: Watched, scale: float, below: float, above: float) -> Tensor:
-    low, high = watched.low, watched.high
+def _on_grid(
+    x: Tensor, numbers: ActivationNumbers, scale: float, below: float, above: float
+) -> Tensor:
+    low, high = numbers.low, numbers.high
     if needs_gradient(x) and x.numel() <= SMALL:
         return _fake_quantize_inside(x, scale, low, high, (below, above))
     return fake_quantize_number(x, scale, low, high)
@@ -157,4 +159,4 @@ def _round_clamp(x: Tensor, y: Tensor, scale: float, low: int, high: int) -> Non
         at = [address + 4 * some.start for address in addresses]
         loops.round_clamp(*at, some.stop - some.start, scale, low, high)
 
-    in_threads(part, parts)
+    in_threads(part, parts, (x, y))

@@ -7,7 +7,7 @@ import itertools
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -31,14 +31,27 @@ def pieces(elements: int, count: int) -> list[slice]:
     return [slice(start, stop) for start, stop in itertools.pairwise(ends)]
 
 
-def in_threads(function: Callable[[slice], _T], parts: list[slice]) -> list[_T]:
-    """Return ``function(part)`` for each part; it should let other threads run."""
+def in_threads(
+    function: Callable[[slice], _T], parts: list[slice], held: tuple[Any, ...]
+) -> list[_T]:
+    """Return ``function(part)`` for each part; it should let other threads run.
+
+    Args:
+        function: what to do with a part.
+        parts: see `pieces`.
+        held: the tensors whose memory it works on; they live for as long as any thread does, also
+            when the caller is interrupted.
+    """
     if len(parts) == 1:
         return [function(parts[0])]
-    return list(_pool(os.getpid(), len(parts)).map(function, parts))
+
+    def work(part: slice, held: tuple[Any, ...] = held) -> _T:
+        return function(part)
+
+    return list(_pool(os.getpid()).map(work, parts))
 
 
 @functools.cache
-def _pool(process: int, size: int) -> ThreadPoolExecutor:
+def _pool(process: int) -> ThreadPoolExecutor:
     """Return the threads of a process; a forked one has none of its parent's."""
-    return ThreadPoolExecutor(size, "qatkit")
+    return ThreadPoolExecutor(os.cpu_count(), "qatkit")

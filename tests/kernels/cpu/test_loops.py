@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from qatkit import QuantSpec
+from qatkit.functional import shrink_range
 from qatkit.kernels import cpu, portable
 from qatkit.quantizer import TensorQuantizer
 
@@ -206,3 +208,59 @@ def test_without_numba(tmp_path):
     state = torch.load(tmp_path / "state.pt")
     assert state.keys() == here["state"].keys()
     assert all(torch.equal(value, here["state"][name]) for name, value in state.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_is_not_ours(dtype, threads):
+    x = torch.randn(1_200_000)
+    expected = [*cpu.shrink(x[None], 0.01), TensorQuantizer(QuantSpec())(x)]
+    torch.set_default_dtype(dtype)
+    try:
+        found = [*cpu.shrink(x[None], 0.01), TensorQuantizer(QuantSpec())(x)]
+        assert {each.dtype for each in shrink_range(x, 0.01)} == {torch.float32}
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert same(tuple(found), tuple(expected))
+
+
+def test_tensors_without_memory_of_their_own():
+    quantizer = TensorQuantizer(QuantSpec())
+    quantizer(torch.randn(4, 5))
+    zero = torch._efficientzerotensor((4, 5))
+    negative = torch._neg_view(torch.rand(4, 5))
+    with pytest.raises(RuntimeError, match="ZeroTensors are immutable"):
+        quantizer(zero)
+    other = TensorQuantizer(QuantSpec())
+    assert torch.equal(other(negative), TensorQuantizer(QuantSpec())(negative.clone()))
+    assert other.max_val < 0
+    freed = torch.randn(4, 5)
+    freed.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError):
+        quantizer(freed)
+
+
+def test_infinite_gradients_of_clipped_weights_are_zero():
+    spec = QuantSpec(axis=0, observer="minmax", narrow_range=True, memory="latest")
+    quantizer = TensorQuantizer(spec, 4)
+    w = torch.randn(4, 9)
+    quantizer(w * 0.5)
+    quantizer.observe = "never"
+    leaf = w.clone().requires_grad_()
+    quantizer(leaf).backward(torch.full_like(w, math.inf))
+    assert set(leaf.grad.view(-1).tolist()) == {0.0, math.inf}
+
+
+@pytest.mark.parametrize("change", ["NUMBA_DISABLE_JIT=1", "a library that does not load"])
+def test_numba_that_does_not_work(change, tmp_path):
+    code = "import torch, qatkit; print(qatkit.TensorQuantizer(qatkit.QuantSpec())(torch.ones(2)))"
+    variables = dict(os.environ)
+    if "=" in change:
+        variables |= {"NUMBA_DISABLE_JIT": "1"}
+    else:
+        (tmp_path / "numba.py").write_text("raise OSError('libllvm.so: not found')")
+        variables["PYTHONPATH"] = os.pathsep.join([str(tmp_path), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=variables, capture_output=True, text=True
+    )
+    assert "tensor([1." in done.stdout, done.stderr
+    assert ("libllvm" in done.stderr) == ("=" not in change)
