@@ -19,7 +19,6 @@ from qatkit.kernels.cpu.bounds import first_outside, gate
 from qatkit.kernels.cpu.sharing import is_unshared
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
-_torch: Any = torch._C
 SMALL = 2**18
 """Elements for which a second pass is cheaper than a backward pass in Python."""
 
@@ -91,7 +90,7 @@ class _Straight(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         if ctx.places is not None:
-            if type(grad) is not Tensor or _torch._functorch.maybe_current_level() is not None:
+            if _is_batched(grad):
                 kept = torch.empty_strided(ctx.shape, ctx.stride, dtype=torch.bool).fill_(True)
                 kept.as_strided((kept.numel(),), (1,))[ctx.places] = False
                 return torch.where(kept, grad, 0.0), None, None
@@ -99,6 +98,13 @@ class _Straight(torch.autograd.Function):
                 grad = torch.empty_strided(grad.shape, ctx.stride, dtype=grad.dtype).copy_(grad)
             grad.as_strided((grad.numel(),), (1,)).index_fill_(0, torch.from_numpy(ctx.places), 0.0)
         return grad, None, None
+
+
+def _is_batched(grad: Tensor) -> bool:
+    """Tell whether ``grad`` stands for several, one of which has no memory of its own."""
+    functorch: Any = torch._C._functorch
+    level, legacy = functorch.maybe_current_level(), functorch.is_legacy_batchedtensor(grad)
+    return type(grad) is not Tensor or level is not None or bool(legacy)
 
 
 class _PerTensor(torch.autograd.Function):
