@@ -32,11 +32,8 @@ def round_and_list(
     Returns:
         Places in the order of memory, ``None`` for too many.
     """
-    total, data, loops = (
-        x.numel(),
-        (read_address(x), y.data_ptr()),
-        cast(ModuleType, compiled_loops()),
-    )
+    loops = cast(ModuleType, compiled_loops())
+    total, data = x.numel(), (read_address(x), y.data_ptr())
     parts = pieces(total, -(-total // length))
     places = np.empty((len(parts), total // _FEW + 1 if needs_gradient(x) else 0), np.int64)
     address, room = places.ctypes.data, places.shape[1]
@@ -52,7 +49,6 @@ def round_and_list(
     counts = in_threads(part, parts, (x, y, scale, places))
     if max(counts) > room:
         return None
-    found = (
-        row[:n] + some.start * length for row, n, some in zip(places, counts, parts, strict=True)
-    )
-    return np.concatenate(list(found))
+    starts = [some.start * length for some in parts]
+    listed = zip(places, counts, starts, strict=True)
+    return np.concatenate([row[:count] + start for row, count, start in listed])
