@@ -13,14 +13,14 @@ import functools
 from torch import Tensor
 
 from qatkit.kernels import cpu
+from qatkit.kernels.cpu.state import State
 from qatkit.observers import join_of, percentile_of
-from qatkit.observers.eager import State
 from qatkit.spec import QuantSpec
 
 
 @functools.lru_cache(maxsize=1024)
 def knows_activation(spec: QuantSpec) -> cpu.ActivationNumbers | None:
-    """Return the numbers of a quantizer for `quantize_activation`, ``None`` if it is no such one.
+    """Return the numbers of a quantizer for `observe_and_quantize`, ``None`` if it is no such one.
 
     >>> knows_activation(QuantSpec(observer="sigma")) is None
     True

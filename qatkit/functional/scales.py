@@ -23,7 +23,7 @@ def scale_and_zero_point(
     if not spec.symmetric:
         return _asymmetric(low, high, spec)
     if kernels.is_eager_cpu(low) and not spec.power_of_two:
-        scale = torch.from_numpy(np.asarray(symmetric_scale(low.numpy(), high.numpy(), spec)))
+        scale = torch.from_numpy(np.asarray(_symmetric_scale(low.numpy(), high.numpy(), spec)))
         return scale, torch.zeros(scale.shape, dtype=torch.int32)
     amax = torch.maximum(low.abs(), high.abs()) if spec.signed else high.clamp(min=0.0)
     steps = float(spec.quant_max)
@@ -45,7 +45,7 @@ def power_of_two_ceil(x: Tensor) -> Tensor:
     return torch.where(x > 0, torch.ldexp(torch.ones_like(x), exponent), x)
 
 
-def symmetric_scale(low: _Array, high: _Array, spec: QuantSpec) -> _Array:
+def _symmetric_scale(low: _Array, high: _Array, spec: QuantSpec) -> _Array:
     """Return the symmetric scale; NumPy's calls cost a third of PyTorch's on a few numbers."""
     with np.errstate(all="ignore"):
         amax = (

@@ -75,7 +75,7 @@ class _OneScale(torch.autograd.Function):
         ctx.save_for_backward(x)
         ctx.scale, ctx.shape = float(scale), scale.shape
         ctx.grid = low, high, rule
-        result = cpu.round_clamp(x, cpu.reciprocal(ctx.scale), ctx.scale, low, high)
+        result = cpu.round_clamp(x, ctx.scale, low, high)
         ctx.kept = _Kept(result)
         return result
 
@@ -91,7 +91,7 @@ class _OneScale(torch.autograd.Function):
         result = ctx.kept.take()
         if by_scale or rule.estimator != "ste":
             if result is None:
-                result = cpu.round_clamp(x, cpu.reciprocal(scale), scale, low, high)
+                result = cpu.round_clamp(x, scale, low, high)
             # The local gradient times the scale: result - x inside, result outside.
             local = cpu.gate(x, x, *bounds)
             torch.sub(result, local, out=local)
@@ -115,7 +115,7 @@ class _Channels(torch.autograd.Function):
         ctx.grid = low, high, axis, rule
         wide = along(scale, x, axis)
         assert isinstance(wide, Tensor)
-        result = cpu.round_clamp(x, wide.reciprocal(), wide, low, high)
+        result = cpu.round_clamp(x, wide, low, high)
         ctx.kept = _Kept(result)
         return result
 
@@ -132,7 +132,7 @@ class _Channels(torch.autograd.Function):
         result = ctx.kept.take()
         if by_scale or rule.estimator != "ste":
             if result is None:
-                result = cpu.round_clamp(x, inverse, wide, low, high)
+                result = cpu.round_clamp(x, wide, low, high)
             local = cpu.gate(x, steps, *bounds)
             torch.sub(result, local, out=local)
             if passed is not None and rule.estimator != "ste":

@@ -6,13 +6,12 @@ import torch
 from torch import Tensor
 
 from qatkit import kernels
+from qatkit.kernels.cpu.state import State
 from qatkit.observers.estimators import percentile_of
 from qatkit.observers.memory import update
 from qatkit.observers.observer import Range
 from qatkit.observers.registry import OBSERVERS
 from qatkit.spec import QuantSpec
-
-State = tuple[Tensor, Tensor, Tensor]
 
 
 def observe(x: Tensor, state: State, spec: QuantSpec) -> Range:

@@ -61,8 +61,8 @@ def update(
 
 def _update_numbers(
     rule: Remember, state: tuple[Tensor, Tensor, Tensor], new: tuple[float, float], spec: QuantSpec
-) -> tuple[float, float]:
-    """Do the same for one range on the CPU, and return the one that is remembered now.
+) -> None:
+    """Do the same for one range on the CPU.
 
     Args:
         rule: one of the rules of this file.
@@ -72,11 +72,9 @@ def _update_numbers(
     """
     old_min, old_max, count = (np.float32(each.item()) for each in state)
     ends = rule(old_min, old_max, count, np.float32(new[0]), np.float32(new[1]), spec)
-    low, high = float(ends[0]), float(ends[1])
-    state[0].fill_(low)
-    state[1].fill_(high)
+    state[0].fill_(float(ends[0]))
+    state[1].fill_(float(ends[1]))
     state[2].add_(1)
-    return low, high
 
 
 def is_empty(min_val: Array, max_val: Array) -> Array:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qatkit.kernels.cpu.state import State
 from qatkit.observers import eager
-from qatkit.observers.eager import State
 from qatkit.observers.observer import Range
 from qatkit.spec import QuantSpec
 

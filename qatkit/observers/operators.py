@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from qatkit.kernels.cpu.state import State
 from qatkit.kernels.library import register_call
 from qatkit.observers import eager
-from qatkit.observers.eager import State
 from qatkit.observers.observer import Range
 from qatkit.spec import Memory, QuantSpec
 

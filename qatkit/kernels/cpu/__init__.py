@@ -9,7 +9,6 @@
 
 The passes are the loops of `qatkit.kernels.cpu.loops`. Where Numba is not installed, tensor
 operations do the same in more passes (`round_clamp`), or the portable kernels do.
-
 """
 
 from __future__ import annotations
@@ -81,7 +80,7 @@ def fake_quantize(
         if low <= 0 <= high and has_reciprocal(value):
             if x.dtype == torch.float32:
                 return fake_quantize_number(x, value, low, high)
-            y = round_clamp(x.detach(), reciprocal(value), value, low, high)
+            y = round_clamp(x.detach(), value, low, high)
             return stopped(x, value, low, high, y)
     elif isinstance(scale, Tensor) and not isinstance(zero_point, Tensor):
         low, high = quant_min - zero_point, quant_max - zero_point
@@ -89,7 +88,7 @@ def fake_quantize(
         if result is not None:
             return result
         wide = cast(Tensor, along(scale, x, axis))
-        y = round_clamp(x.detach(), wide.reciprocal(), wide, low, high)
+        y = round_clamp(x.detach(), wide, low, high)
         return stopped_by_channel(x, wide, low, high, y)
     return portable.fake_quantize(x, scale, zero_point, quant_min, quant_max, axis)
 

@@ -2,9 +2,9 @@
 
 A `torch.autograd.Function` comes back to Python in the backward pass, which costs more than a small
 tensor itself. With one scale the gradient of fake quantization is that of ``clip(x)``, with a grid
-that holds all of x that of ``clone(x)``, and else that of ``masked_fill``. On small
-tensors PyTorch records only this, and what is computed is written to its result unseen. What it
-saves for the backward pass is complete by then, for a hook may copy it at once.
+that holds all of x that of ``clone(x)``, and else that of ``masked_fill``. On small tensors PyTorch
+records only this, and what is computed is written to its result unseen. What it saves for the
+backward pass is complete by then, for a hook may copy it at once.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ _SMALLEST, _LARGEST = _F(SMALLEST_SCALE), _F(LARGEST_SCALE)
 _SMALLEST_SPAN = _F(2.0**-99)  # below, the bins need scaling (`portable.bins`)
 _LARGEST_SPAN = _F(np.finfo(_F).max)
 _BATCH = 1024
-RULES = {"blend": 0, "extremes": 1, "latest": 2}
+RULES = {"blend": 0, "extremes": 1}
 """How a range joins the remembered one; see `observe`."""
 
 
@@ -308,7 +308,7 @@ def observe(x, length, most, state, rule, least, greatest, signed, quant_min, qu
 
     Returns:
         ``(usual, scale, below, above)``; nothing is remembered if ``usual`` is false, see
-        `shrink_row`. For the last two see `qatkit.kernels.cpu.bounds.first_outside`.
+        `shrink`. For the last two see `qatkit.kernels.cpu.bounds.first_outside`.
     """
     low = _floats(state[0], 1)
     high = _floats(state[1], 1)
@@ -319,7 +319,7 @@ def observe(x, length, most, state, rule, least, greatest, signed, quant_min, qu
     nothing = new_low == 0 and new_high == 0
     first = count[0] == 0 or (low[0] == 0 and high[0] == 0)
     if not nothing:
-        if first or rule == 2:
+        if first:
             low[0], high[0] = new_low, new_high
         elif rule == 1:
             low[0], high[0] = min(low[0], new_low), max(high[0], new_high)

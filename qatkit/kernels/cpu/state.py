@@ -10,8 +10,6 @@ from torch import Tensor
 
 State: TypeAlias = tuple[Tensor, Tensor, Tensor]
 """The buffers ``(min, max, count)`` of a quantizer: () or (C,) float32 twice, () int64."""
-
-
 read_address: Callable[[Tensor], int] = getattr(Tensor, "const_data_ptr", Tensor.data_ptr)
 """Return the address of a tensor that is only read: a lazy clone stays one, see `is_lazy`."""
 

@@ -27,7 +27,7 @@ class ActivationNumbers(NamedTuple):
 
     Attributes:
         percentile: percent of the elements that may be cut on each side.
-        rule: ``blend``, ``extremes`` or ``latest``: how a range joins the remembered one.
+        rule: ``blend`` or ``extremes``: how a range joins the remembered one.
         least: the smallest weight of a new range, for ``blend``.
         greatest: the largest one.
         signed: whether there are codes below 0.
@@ -54,11 +54,11 @@ def fake_quantize_number(x: Tensor, scale: float, low: int, high: int) -> Tensor
         high: the highest code, not below 0.
     """
     if not needs_gradient(x):
-        return round_clamp(x, reciprocal(scale), scale, low, high)
+        return round_clamp(x, scale, low, high)
     if x.numel() <= SMALL:
         return _fake_quantize_inside(x, scale, low, high, first_outside(scale, low, high))
     if compiled_loops() is None or not is_dense(x):
-        y = round_clamp(x.detach(), reciprocal(scale), scale, low, high)
+        y = round_clamp(x.detach(), scale, low, high)
         return stopped(x, scale, low, high, y)
     y = torch.empty_like(x)
     step = torch.tensor([scale], dtype=torch.float32, device="cpu")
@@ -126,12 +126,10 @@ def _on_grid(
     return fake_quantize_number(x, scale, low, high)
 
 
-def round_clamp(
-    x: Tensor, inverse: Tensor | float, scale: Tensor | float, low: int, high: int
-) -> Tensor:
-    """Return ``clamp(round(x * inverse), low, high) * scale`` in a buffer of its own."""
+def round_clamp(x: Tensor, scale: Tensor | float, low: int, high: int) -> Tensor:
+    """Return ``clamp(round(x * (1 / scale)), low, high) * scale`` in a buffer of its own."""
     if isinstance(scale, Tensor):
-        steps = x.to(torch.float32).mul(inverse).round_().clamp_(low, high)
+        steps = x.to(torch.float32).mul(scale.reciprocal()).round_().clamp_(low, high)
         return steps.mul_(scale).to(x.dtype)
     if x.dtype == torch.float32 and is_dense(x):
         y = torch.empty_like(x)
