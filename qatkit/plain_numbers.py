@@ -20,7 +20,7 @@ from qatkit.spec import QuantSpec
 
 @functools.lru_cache(maxsize=1024)
 def knows_activation(spec: QuantSpec) -> cpu.ActivationNumbers | None:
-    """Return the numbers of a quantizer for `observe_and_quantize`, ``None`` if it is no such one.
+    """Return the numbers of a quantizer for `observed_grid`, ``None`` if it is no such one.
 
     >>> knows_activation(QuantSpec(observer="sigma")) is None
     True

@@ -24,6 +24,7 @@ from qatkit.nn.quantized import (
     weight_quantizer_for,
 )
 from qatkit.nn.registry import swap, swappable
+from qatkit.nn.sequential import link
 from qatkit.nn.slots import SUFFIX
 from qatkit.nn.weights import weights_of
 from qatkit.quantizer import TensorQuantizer, share_range
@@ -152,6 +153,7 @@ def apply_plan(wanted: Plan, model: nn.Module) -> None:
             rewrite(modules[block.path], block)
         for module in modules.values():
             avoid_fast_path(module)
+            link(module)
         _synchronize(wanted, model)
         for interception in wanted.interceptions:
             intercept(modules[interception.path], interception)

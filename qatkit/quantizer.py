@@ -17,7 +17,17 @@ from qatkit.functional import (
     qparams,
 )
 from qatkit.kernels import is_eager_cpu, is_gpu
-from qatkit.kernels.cpu import ActivationNumbers, fake_quantize_in_range, observe_and_quantize
+from qatkit.kernels.cpu import (
+    ActivationNumbers,
+    Clip,
+    GridNumbers,
+    fake_quantize_activated,
+    fake_quantize_on_grid,
+    may_overwrite,
+    observed_grid,
+    remembered_grid,
+)
+from qatkit.kernels.cpu.state import State
 from qatkit.observers import (
     OBSERVERS,
     Grid,
@@ -88,6 +98,8 @@ class TensorQuantizer(nn.Module):
 
     once: Once | None = None
     """Keeps what became of a weight, within `qatkit.quantize_weights_once`."""
+    _DONE: ClassVar[str] = "_quantized_by"
+    """Names the attribute of a tensor that says which quantizer has been there already."""
     _trained: ClassVar[type[TensorQuantizer]]
     """The class that trains its range."""
 
@@ -189,6 +201,8 @@ class TensorQuantizer(nn.Module):
             at: (n,) their indices.
         """
         if part is None and not torch.compiler.is_compiling():
+            if getattr(x, self._DONE, None) is self:
+                return x
             quantized = self._in_plain_numbers(x)
             if quantized is not None:
                 return quantized
@@ -239,19 +253,47 @@ class TensorQuantizer(nn.Module):
         quantized = quantize_weight(x, self._state, self.spec, own=not frozen, remember=observing)
         if self.once is not None and quantized is not None:
             self.once.keep(quantized, x, self.min_val, self.spec, self.observe)
-        self._has_range = self._has_range or (observing and quantized is not None)
+        if observing and quantized is not None and not self._has_range:
+            self._has_range = True  # an assignment to a module costs more than to ask
         return quantized
 
     def _plain_activation(self, x: Tensor, numbers: ActivationNumbers) -> Tensor | None:
+        grid = self._plain_grid(x, numbers, Clip())
+        return None if grid is None else fake_quantize_on_grid(x, numbers, grid)
+
+    def _plain_grid(self, x: Tensor, numbers: ActivationNumbers, clip: Clip) -> GridNumbers | None:
+        """Return the grid for ``clip(x)``, whose range is estimated where due."""
         if not self.observing:
-            if not self.calibrated:
-                return None
-            return fake_quantize_in_range(x, self._state, numbers)
+            return remembered_grid(self._state, numbers) if self.calibrated else None
         if is_recomputing() or may_be_recomputed() or self._asks_other_ranks:
             return None
-        quantized = observe_and_quantize(x, self._state, numbers)
-        self._has_range = self._has_range or quantized is not None
-        return quantized
+        grid = observed_grid(x, self._state, numbers, clip)
+        if grid is not None and not self._has_range:
+            self._has_range = True
+        return grid
+
+    def activated(self, x: Tensor, clip: Clip) -> Tensor | None:
+        """Return what `forward` returns for ``clip(x)``, in the memory of ``x``.
+
+        A call with the result returns it as it is. So an activation and the quantizer behind it
+        take one pass over memory, where nothing else reads ``x`` nor ``clip(x)``.
+
+        Args:
+            x: the tensor in front of the activation.
+            clip: the activation.
+
+        Returns:
+            The result, ``None`` where one pass does not do; nothing has happened then.
+        """
+        numbers = knows_activation(self.spec)
+        if numbers is None or not self._is_plain(x) or not may_overwrite(x):
+            return None
+        grid = self._plain_grid(x, numbers, clip)
+        if grid is None:
+            return None
+        y = fake_quantize_activated(x, numbers, grid, clip)
+        setattr(y, self._DONE, self)
+        return y
 
     def unobserved(self, x: Tensor) -> Tensor:
         """Return ``x`` on the grid that there is, or as it is while there is none.
@@ -447,8 +489,9 @@ class TensorQuantizer(nn.Module):
         return pays and type(self) is TensorQuantizer
 
     @property
-    def _state(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.min_val, self.max_val, self.num_batches
+    def _state(self) -> State:
+        buffers: Any = self._buffers  # an attribute is looked for in three places
+        return buffers["min_val"], buffers["max_val"], buffers["num_batches"]
 
     @property
     def _asks_other_ranks(self) -> bool:

@@ -158,6 +158,11 @@ def function_name(function: Any) -> str:
     return _OPERATORS.get(name.rstrip("_"), name.rstrip("_"))
 
 
+# What `torch.compiler.assume_constant_result` does, without its import of the compiler: torch 2.14
+# knows no names of builtin methods while it compiles.
+function_name._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def module_name(module: nn.Module) -> str:
     """Return the name that `KINDS` has for what a leaf module computes.
 

@@ -17,6 +17,7 @@ from qatkit.graph.adapt import adapt
 from qatkit.graph.block_plan import BlockPlan
 from qatkit.graph.call_form import CallForm
 from qatkit.graph.level import Trace, float_class, signature, trace_level
+from qatkit.graph.linking import link_activations
 from qatkit.graph.planned_block import PlannedBlock, planned_class
 from qatkit.graph.structure import flatten
 
@@ -85,6 +86,7 @@ def _trace(block: nn.Module, plan: BlockPlan, *, training: bool) -> Trace:
             module = graph.create_node("call_module", replaced.module, node.args, node.kwargs)
         node.replace_all_uses_with(module)
         graph.erase_node(node)
+    link_activations(graph, block)
     return trace
 
 

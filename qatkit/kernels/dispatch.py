@@ -14,11 +14,16 @@ from qatkit.kernels import cpu, learned, portable
 from qatkit.kernels.gradient import Gradient
 from qatkit.kernels.layout import dense_order, rows
 
+_torch_c: Any = torch._C
+_is_traced = _torch_c._get_tracing_state
+_count_modes = _torch_c._len_torch_dispatch_stack
+_level_of_transform = _torch_c._functorch.maybe_current_level
+
 
 def is_eager_cpu(x: Tensor) -> bool:
     """Tell whether ``x`` is on the CPU and only computed with: reading its memory is free then."""
     plain = type(x) is Tensor or type(x) is torch.nn.Parameter
-    return plain and x.device.type == "cpu" and not _is_recorded() and _has_memory(x)
+    return plain and x.is_cpu and not _is_recorded() and _has_memory(x)
 
 
 def _has_memory(x: Tensor) -> bool:
@@ -30,12 +35,11 @@ def _has_memory(x: Tensor) -> bool:
 
 def _is_recorded() -> bool:
     """Tell whether somebody wants to see each operator: a compiler, a tracer, a transform."""
-    torch_c: Any = torch._C
     return bool(
         torch.compiler.is_compiling()
-        or torch_c._get_tracing_state() is not None
-        or torch_c._len_torch_dispatch_stack()
-        or torch_c._functorch.maybe_current_level() is not None
+        or _is_traced() is not None
+        or _count_modes()
+        or _level_of_transform() is not None
         or forward_ad._current_level >= 0
     )
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from qatkit.kernels import portable
+from qatkit.kernels.cpu.activated import fake_quantize_activated, may_overwrite
 from qatkit.kernels.cpu.bounds import first_outside, gate, has_reciprocal, reciprocal
 from qatkit.kernels.cpu.gradients import (
     Kept,
@@ -28,26 +29,30 @@ from qatkit.kernels.cpu.gradients import (
     stopped_by_channel,
     straight,
 )
+from qatkit.kernels.cpu.grids import (
+    ActivationNumbers,
+    Clip,
+    GridNumbers,
+    observed_grid,
+    remembered_grid,
+)
 from qatkit.kernels.cpu.ranges import shrink, shrink_row
 from qatkit.kernels.cpu.rows import (
     fake_quantize_rows,
     fake_quantize_rows_in_ranges,
     fake_quantize_rows_on_grids,
 )
-from qatkit.kernels.cpu.tensors import (
-    ActivationNumbers,
-    fake_quantize_in_range,
-    fake_quantize_number,
-    observe_and_quantize,
-    round_clamp,
-)
+from qatkit.kernels.cpu.tensors import fake_quantize_number, fake_quantize_on_grid, round_clamp
 from qatkit.kernels.portable import along
 
 __all__ = [
     "ActivationNumbers",
+    "Clip",
+    "GridNumbers",
     "Kept",
     "fake_quantize",
-    "fake_quantize_in_range",
+    "fake_quantize_activated",
+    "fake_quantize_on_grid",
     "fake_quantize_rows",
     "fake_quantize_rows_in_ranges",
     "fake_quantize_unclipped",
@@ -55,9 +60,11 @@ __all__ = [
     "gate",
     "has_reciprocal",
     "kept_from",
+    "may_overwrite",
     "needs_gradient",
-    "observe_and_quantize",
+    "observed_grid",
     "reciprocal",
+    "remembered_grid",
     "round_clamp",
     "shrink",
     "shrink_row",

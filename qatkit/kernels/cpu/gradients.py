@@ -9,16 +9,14 @@ backward pass is complete by then, for a hook may copy it at once.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from qatkit.kernels.cpu.bounds import first_outside, gate
 from qatkit.kernels.cpu.sharing import is_unshared
 
-Array: TypeAlias = "np.ndarray[Any, Any]"
 SMALL = 2**18
 """Elements for which a second pass is cheaper than a backward pass in Python."""
 
@@ -38,7 +36,7 @@ def with_gradient(x: Tensor, y: Tensor) -> Tensor:
     return straight(x, y, None) if needs_gradient(x) and x.numel() > SMALL else y
 
 
-def straight(x: Tensor, result: Tensor, places: Array | None) -> Tensor:
+def straight(x: Tensor, result: Tensor, places: Tensor | None) -> Tensor:
     """Return ``result`` with the gradient passed on to ``x``.
 
     Args:
@@ -55,7 +53,7 @@ class Kept(NamedTuple):
     """A result that can be used for another forward, see `straight`."""
 
     result: Tensor
-    places: Array | None
+    places: Tensor | None
 
 
 def kept_from(y: Tensor) -> Kept | None:
@@ -82,7 +80,7 @@ class _Straight(torch.autograd.Function):
     """The straight-through estimator, but for some elements."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, result: Tensor, places: Array | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, result: Tensor, places: Tensor | None) -> Tensor:
         ctx.shape, ctx.stride = x.shape, x.stride()
         ctx.places = places if places is not None and len(places) else None
         return result.detach()
@@ -90,17 +88,17 @@ class _Straight(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         if ctx.places is not None:
-            if _is_batched(grad):
+            if is_batched(grad):
                 kept = torch.empty_strided(ctx.shape, ctx.stride, dtype=torch.bool).fill_(True)
                 kept.as_strided((kept.numel(),), (1,))[ctx.places] = False
                 return torch.where(kept, grad, 0.0), None, None
             if grad.stride() != ctx.stride or not is_unshared(grad):
                 grad = torch.empty_strided(grad.shape, ctx.stride, dtype=grad.dtype).copy_(grad)
-            grad.as_strided((grad.numel(),), (1,)).index_fill_(0, torch.from_numpy(ctx.places), 0.0)
+            grad.as_strided((grad.numel(),), (1,)).index_fill_(0, ctx.places, 0.0)
         return grad, None, None
 
 
-def _is_batched(grad: Tensor) -> bool:
+def is_batched(grad: Tensor) -> bool:
     """Tell whether ``grad`` stands for several, one of which has no memory of its own."""
     functorch: Any = torch._C._functorch
     level, legacy = functorch.maybe_current_level(), functorch.is_legacy_batchedtensor(grad)

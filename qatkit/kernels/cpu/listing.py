@@ -5,21 +5,27 @@ from __future__ import annotations
 from types import ModuleType
 from typing import cast
 
-import numpy as np
+import torch
 from torch import Tensor
 
 from qatkit.kernels.cpu.compiled import compiled_loops
-from qatkit.kernels.cpu.gradients import Array, needs_gradient
+from qatkit.kernels.cpu.gradients import needs_gradient
 from qatkit.kernels.cpu.state import read_address
 from qatkit.kernels.cpu.threads import in_threads, pieces
 
-_FEW = 512
+_FEW = 64
 """One element of so many may be listed."""
+
+
+def room_for(x: Tensor, parts: int = 1) -> Tensor:
+    """Return room for a list of elements of ``x`` in each of some parts; none without gradient."""
+    length = x.numel() // parts // _FEW + 8 if needs_gradient(x) else 0
+    return torch.empty((parts, length), dtype=torch.int64, device="cpu")
 
 
 def round_and_list(
     x: Tensor, y: Tensor, length: int, scale: Tensor, codes: tuple[int, int]
-) -> Array | None:
+) -> Tensor | None:
     """Write ``x`` on the grid to ``y`` and return the places of the elements outside.
 
     Args:
@@ -35,8 +41,8 @@ def round_and_list(
     loops = cast(ModuleType, compiled_loops())
     total, data = x.numel(), (read_address(x), y.data_ptr())
     parts = pieces(total, -(-total // length))
-    places = np.empty((len(parts), total // _FEW + 1 if needs_gradient(x) else 0), np.int64)
-    address, room = places.ctypes.data, places.shape[1]
+    places = room_for(x, len(parts))
+    address, room = places.data_ptr(), places.shape[1]
 
     def part(some: slice) -> int:
         start, stop = some.start * length, min(some.stop * length, total)
@@ -49,6 +55,8 @@ def round_and_list(
     counts = in_threads(part, parts, (x, y, scale, places))
     if max(counts) > room:
         return None
+    if len(parts) == 1:
+        return places[0, : counts[0]].clone()  # not the room for more
     starts = [some.start * length for some in parts]
-    listed = zip(places, counts, starts, strict=True)
-    return np.concatenate([row[:count] + start for row, count, start in listed])
+    found = zip(places, counts, starts, strict=True)
+    return torch.cat([row[:count] + start for row, count, start in found])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import ModuleType
 
 import numpy as np
@@ -32,7 +33,9 @@ def shrink(x_CM: Tensor, percentile: float) -> tuple[Tensor, Tensor]:
     return portable.shrink(x_CM, percentile)
 
 
-def shrink_row(x_M: Tensor, percentile: float) -> tuple[float, float] | None:
+def shrink_row(
+    x_M: Tensor, percentile: float, clip: tuple[float, float] = (-math.inf, math.inf)
+) -> tuple[float, float] | None:
     """Return the shrunk range of one row as float32 numbers, ``None`` where that takes more care.
 
     That is for a row that holds NaN or an infinity, is constant, or spans next to nothing or more
@@ -41,6 +44,7 @@ def shrink_row(x_M: Tensor, percentile: float) -> tuple[float, float] | None:
     Args:
         x_M: (M,) float32, not empty.
         percentile: percent of the row that may be cut on each side.
+        clip: elements outside count as these.
     """
     loops = compiled_loops()
     if loops is None:
@@ -48,14 +52,14 @@ def shrink_row(x_M: Tensor, percentile: float) -> tuple[float, float] | None:
     x_M, most = x_M.contiguous(), portable.droppable(len(x_M), percentile)
     parts = pieces(len(x_M), len(x_M) // loops.BLOCK)
     if len(parts) == 1:
-        usual, low, high = loops.shrink(read_address(x_M), len(x_M), most)
+        usual, low, high = loops.shrink(read_address(x_M), len(x_M), most, *clip)
     else:
-        usual, low, high = _shrink_in_threads(x_M, most, parts, loops)
+        usual, low, high = _shrink_in_threads(x_M, most, parts, loops, clip)
     return (low, high) if usual else None
 
 
 def _shrink_in_threads(
-    x_M: Tensor, most: int, parts: list[slice], loops: ModuleType
+    x_M: Tensor, most: int, parts: list[slice], loops: ModuleType, clip: tuple[float, float]
 ) -> tuple[bool, float, float]:
     """Do the same, the pass over the whole row shared by several threads."""
     blocks = parts[-1].stop * loops.LANES
@@ -72,6 +76,6 @@ def _shrink_in_threads(
 
     finite = all(in_threads(find, parts, (x_M, peaks)))
     found: tuple[bool, float, float] = loops.shrink_from_peaks(
-        read_address(x_M), len(x_M), most, low, high, blocks, finite
+        read_address(x_M), len(x_M), most, low, high, blocks, finite, *clip
     )
     return found

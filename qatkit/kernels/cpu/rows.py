@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from types import ModuleType
 from typing import cast
 
 import torch
@@ -18,7 +17,7 @@ from qatkit.kernels.cpu.gradients import (
     straight,
     with_gradient,
 )
-from qatkit.kernels.cpu.listing import round_and_list
+from qatkit.kernels.cpu.listing import room_for, round_and_list
 from qatkit.kernels.cpu.state import State, is_lazy, is_numbers, is_state, read_address
 from qatkit.kernels.cpu.threads import in_threads, pieces
 from qatkit.kernels.layout import is_dense
@@ -41,7 +40,7 @@ def fake_quantize_rows(x: Tensor, quant_max: int, state: State | None) -> Tensor
         The result. ``None`` where that takes more care or more passes; the remembered range means
         nothing then, for it was that of an earlier tensor.
     """
-    loops, rows = compiled_loops(), len(x)
+    loops, rows = compiled_loops(), x.shape[0]
     length = x.numel() // rows
     if loops is None or not _has_rows(x, 0, length):
         return None
@@ -51,16 +50,24 @@ def fake_quantize_rows(x: Tensor, quant_max: int, state: State | None) -> Tensor
     data = read_address(x), y.data_ptr()
     ends = (0, 0) if state is None else (state[0].data_ptr(), state[1].data_ptr())
 
+    counter = 0 if state is None else state[2].data_ptr()
+
     def part(some: slice) -> bool:
         at = (address + 4 * some.start * length for address in data)
         to = (address and address + 4 * some.start for address in ends)
-        finite: bool = loops.round_rows(*at, some.stop - some.start, length, quant_max, *to)
+        sizes = some.stop - some.start, length
+        finite: bool = loops.round_rows(*at, *sizes, quant_max, *to, 0)
         return finite
 
-    if not all(in_threads(part, pieces(x.numel(), rows), (x, y, state))):
+    parts = pieces(x.numel(), rows)
+    if len(parts) == 1:
+        if not loops.round_rows(*data, rows, length, quant_max, *ends, counter):
+            return None
+    elif all(in_threads(part, parts, (x, y, state))):
+        if state is not None:
+            state[2].add_(1)
+    else:
         return None
-    if state is not None:
-        state[2].add_(1)
     return with_gradient(x, y)
 
 
@@ -78,17 +85,31 @@ def fake_quantize_rows_in_ranges(
     Returns:
         The result, ``None`` where that takes more care or more passes.
     """
-    loops, rows = compiled_loops(), len(x)
+    loops, rows = compiled_loops(), x.shape[0]
     if loops is None or not _has_rows(x, 0, x.numel() // rows):
         return None
     if not is_state(state, x.shape[:1]):
         return None
-    low, high, _ = state
-    scale = torch.empty_like(low)
-    ranges = read_address(low), read_address(high), scale.data_ptr()
-    if not loops.symmetric_scales(*ranges, rows, quant_max):
+    (low, high, _), length = state, x.numel() // rows
+    listing = needs_gradient(x) and x.numel() <= SMALL and x.is_contiguous()
+    scale, places = torch.empty_like(low), room_for(x) if listing else None
+    ends, codes = (read_address(low), read_address(high)), (quant_min, quant_max)
+    room = (0, 0) if places is None else (places.data_ptr(), places.numel())
+    data = read_address(x), rows, length
+    count = loops.list_rows_outside(*data, *ends, scale.data_ptr(), *codes, *room)
+    if count < 0:
         return None
-    return _round_rows(x, scale, quant_min, quant_max, 0, x.numel() // rows)
+    if places is None or count > places.numel():
+        return _round_rows(x, scale, quant_min, quant_max, 0, length)
+    y = x.clone() if count == 0 else _stopped_at(x, places[0, :count])
+    sizes = x.numel(), length, read_address(scale), rows, 0
+    loops.round_clamp_rows(read_address(x), y.data_ptr(), *sizes, *codes, 0, 0)
+    return y
+
+
+def _stopped_at(x: Tensor, places: Tensor) -> Tensor:
+    """Return a tensor that gives ``x`` its gradient, but for some elements."""
+    return x.view(-1).index_fill(0, places.clone(), 0.0).view(x.shape)  # not the room for more
 
 
 def fake_quantize_rows_on_grids(
@@ -106,15 +127,6 @@ def fake_quantize_rows_on_grids(
 def _round_rows(x: Tensor, scale: Tensor, low: int, high: int, axis: int, length: int) -> Tensor:
     """Fake-quantize rows of ``length`` elements, which are parts of memory, with their scales."""
     y = torch.empty_like(x)
-    in_order = x.is_contiguous()  # as the result of `masked_fill` is
-    if in_order and needs_gradient(x) and x.numel() <= SMALL:
-        outside = torch.empty_like(x, dtype=torch.bool)
-        data = read_address(x), y.data_ptr(), outside.data_ptr(), x.numel(), length
-        steps = read_address(scale), len(scale)
-        cast(ModuleType, compiled_loops()).round_clamp_masked(*data, *steps, low, high)
-        held = x.masked_fill(outside, 0.0)
-        held.detach().copy_(y)
-        return held
     places = round_and_list(x, y, length, scale, (low, high))
     if not needs_gradient(x):
         return y

@@ -26,13 +26,8 @@ def is_state(state: State, shape: torch.Size) -> bool:
     A user may have assigned others, or pruned a weight.
     """
     low, high, count = state
-    counts = (
-        type(count) is Tensor
-        and count.dtype is torch.int64
-        and count.numel() == 1
-        and count.device.type == "cpu"
-    )
-    return counts and is_numbers(low, shape) and is_numbers(high, shape)
+    counts = type(count) is Tensor and count.dtype is torch.int64 and count.is_cpu
+    return counts and count.numel() == 1 and is_numbers(low, shape) and is_numbers(high, shape)
 
 
 def is_numbers(x: Tensor, shape: torch.Size) -> bool:
@@ -41,5 +36,5 @@ def is_numbers(x: Tensor, shape: torch.Size) -> bool:
     >>> is_numbers(torch.zeros(3), torch.Size([3])), is_numbers(torch.zeros(3), torch.Size([4]))
     (True, False)
     """
-    plain = type(x) is Tensor and x.dtype is torch.float32 and x.device.type == "cpu"
+    plain = type(x) is Tensor and x.dtype is torch.float32 and x.is_cpu
     return plain and x.shape == shape and x.is_contiguous()

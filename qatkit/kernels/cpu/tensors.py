@@ -2,46 +2,21 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from qatkit.kernels import portable
 from qatkit.kernels.cpu.bounds import first_outside, reciprocal
 from qatkit.kernels.cpu.compiled import compiled_loops
 from qatkit.kernels.cpu.gradients import SMALL, needs_gradient, stopped, straight
+from qatkit.kernels.cpu.grids import ActivationNumbers, GridNumbers
 from qatkit.kernels.cpu.listing import round_and_list
-from qatkit.kernels.cpu.state import State, is_state, read_address
+from qatkit.kernels.cpu.state import read_address
 from qatkit.kernels.cpu.threads import in_threads, pieces
-from qatkit.kernels.layout import dense_order, is_dense
+from qatkit.kernels.layout import is_dense
 
-_ONE = torch.Size([])
 _RUN = 4096
 """Elements that are looked at in one go: they stay in the nearest cache."""
-
-
-class ActivationNumbers(NamedTuple):
-    """What a quantizer of activations does, in numbers.
-
-    Attributes:
-        percentile: percent of the elements that may be cut on each side.
-        rule: ``blend`` or ``extremes``: how a range joins the remembered one.
-        least: the smallest weight of a new range, for ``blend``.
-        greatest: the largest one.
-        signed: whether there are codes below 0.
-        low: the lowest code, not above 0.
-        high: the highest code, not below 0.
-    """
-
-    percentile: float
-    rule: str
-    least: float
-    greatest: float
-    signed: bool
-    low: int
-    high: int
 
 
 def fake_quantize_number(x: Tensor, scale: float, low: int, high: int) -> Tensor:
@@ -56,7 +31,7 @@ def fake_quantize_number(x: Tensor, scale: float, low: int, high: int) -> Tensor
     if not needs_gradient(x):
         return round_clamp(x, scale, low, high)
     if x.numel() <= SMALL:
-        return _fake_quantize_inside(x, scale, low, high, first_outside(scale, low, high))
+        return fake_quantize_inside(x, scale, low, high, first_outside(scale, low, high))
     if compiled_loops() is None or not is_dense(x):
         y = round_clamp(x.detach(), scale, low, high)
         return stopped(x, scale, low, high, y)
@@ -68,7 +43,7 @@ def fake_quantize_number(x: Tensor, scale: float, low: int, high: int) -> Tensor
     return straight(x, y, places)
 
 
-def _fake_quantize_inside(
+def fake_quantize_inside(
     x: Tensor, scale: float, low: int, high: int, bounds: tuple[float, float]
 ) -> Tensor:
     """Fake-quantize a tensor whose gradient passes inside ``bounds``."""
@@ -77,53 +52,18 @@ def _fake_quantize_inside(
     return y
 
 
-def observe_and_quantize(x: Tensor, state: State, numbers: ActivationNumbers) -> Tensor | None:
-    """Estimate the range of ``x``, let it join the remembered one, and fake-quantize ``x``.
-
-    Args:
-        x: float32, not empty.
-        state: buffers ``(min, max, count)``: () float32 twice, () int64.
-        numbers: the observer and the grid.
-
-    Returns:
-        The result. ``None``, with nothing remembered, where that takes more care, see `shrink_row`,
-        or several calls.
-    """
-    loops = compiled_loops()
-    if loops is None or len(pieces(x.numel(), x.numel())) > 1 or not is_state(state, _ONE):
-        return None
-    row = dense_order(x).contiguous()
-    most = portable.droppable(x.numel(), numbers.percentile)
-    addresses = tuple(each.data_ptr() for each in state)
-    join = loops.RULES[numbers.rule], numbers.least, numbers.greatest
-    codes = numbers.signed, numbers.low, numbers.high
-    usual, *grid = loops.observe(read_address(row), len(row), most, addresses, *join, *codes)
-    return _on_grid(x, numbers, *grid) if usual else None
-
-
-def fake_quantize_in_range(x: Tensor, state: State, numbers: ActivationNumbers) -> Tensor | None:
-    """Fake-quantize ``x`` with a remembered range.
+def fake_quantize_on_grid(x: Tensor, numbers: ActivationNumbers, grid: GridNumbers) -> Tensor:
+    """Fake-quantize ``x``.
 
     Args:
         x: float32.
-        state: buffers ``(min, max, count)``: () float32 twice, () int64.
-        numbers: the grid.
+        numbers: the codes.
+        grid: the grid.
     """
-    loops = compiled_loops()
-    if loops is None or not is_state(state, _ONE):
-        return None
-    low, high, _ = state
-    codes = numbers.signed, numbers.low, numbers.high
-    return _on_grid(x, numbers, *loops.grid(read_address(low), read_address(high), *codes))
-
-
-def _on_grid(
-    x: Tensor, numbers: ActivationNumbers, scale: float, below: float, above: float
-) -> Tensor:
     low, high = numbers.low, numbers.high
     if needs_gradient(x) and x.numel() <= SMALL:
-        return _fake_quantize_inside(x, scale, low, high, (below, above))
-    return fake_quantize_number(x, scale, low, high)
+        return fake_quantize_inside(x, grid.scale, low, high, (grid.below, grid.above))
+    return fake_quantize_number(x, grid.scale, low, high)
 
 
 def round_clamp(x: Tensor, scale: Tensor | float, low: int, high: int) -> Tensor:

@@ -26,6 +26,8 @@ def pieces(elements: int, count: int) -> list[slice]:
     >>> pieces(1000, 10)
     [slice(0, 10, None)]
     """
+    if elements < 2 * SHARE:
+        return [slice(0, count)]
     number = max(1, min(torch.get_num_threads(), elements // SHARE, count))
     ends = [count * i // number for i in range(number + 1)]
     return [slice(start, stop) for start, stop in itertools.pairwise(ends)]
