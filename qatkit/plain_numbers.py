@@ -14,23 +14,21 @@ from torch import Tensor
 
 from qatkit.kernels import cpu
 from qatkit.kernels.cpu.state import State
-from qatkit.observers import join_of, percentile_of
+from qatkit.observers import observing_of
 from qatkit.spec import QuantSpec
 
 
 @functools.lru_cache(maxsize=1024)
 def knows_activation(spec: QuantSpec) -> cpu.ActivationNumbers | None:
-    """Return the numbers of a quantizer for `observed_grid`, ``None`` if it is no such one.
+    """Return the numbers of a quantizer for the loops, ``None`` if it is no such one.
 
     >>> knows_activation(QuantSpec(observer="sigma")) is None
     True
     """
-    percentile = percentile_of(spec)
-    if spec.axis is not None or spec.memory != "running" or percentile is None or not _plain(spec):
+    observing = observing_of(spec)
+    if observing is None or not _plain(spec):
         return None
-    return cpu.ActivationNumbers(
-        percentile, *join_of(spec), spec.signed, spec.quant_min, spec.quant_max
-    )
+    return cpu.ActivationNumbers(observing, spec.signed, spec.quant_min, spec.quant_max)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -24,9 +24,9 @@ from qatkit.kernels.cpu import (
     fake_quantize_activated,
     fake_quantize_on_grid,
     may_overwrite,
-    observed_grid,
     remembered_grid,
 )
+from qatkit.kernels.cpu import observe as observe_in_loops
 from qatkit.kernels.cpu.state import State
 from qatkit.observers import (
     OBSERVERS,
@@ -267,10 +267,11 @@ class TensorQuantizer(nn.Module):
             return remembered_grid(self._state, numbers) if self.calibrated else None
         if is_recomputing() or may_be_recomputed() or self._asks_other_ranks:
             return None
-        grid = observed_grid(x, self._state, numbers, clip)
-        if grid is not None and not self._has_range:
+        if observe_in_loops(x, self._state, numbers.observing, clip) is None:
+            return None
+        if not self._has_range:
             self._has_range = True
-        return grid
+        return remembered_grid(self._state, numbers)
 
     def activated(self, x: Tensor, clip: Clip) -> Tensor | None:
         """Return what `forward` returns for ``clip(x)``, in the memory of ``x``.

@@ -15,14 +15,16 @@ _LIBRARY = _torch.Library("qatkit", "FRAGMENT")
 
 
 def register_call(schema: str, function: Callable[..., Any], shapes: Callable[..., Any]) -> None:
-    """Register an operator that stays one call in every graph.
+    """Register an operator that stays one call in every graph, and takes tensors in any layout.
+
+    Unless inductor knows that they can be in any, it copies what it has laid out in its own way.
 
     Args:
         schema: ``name(Tensor x, ...) -> ...``, with what is written marked.
         function: computes it; not differentiated.
         shapes: returns tensors of the shapes, dtypes and strides that ``function`` does.
     """
-    _LIBRARY.define(schema)
+    _LIBRARY.define(schema, tags=(torch.Tag.flexible_layout,))
     name = schema.partition("(")[0]
     _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
     _torch.register_fake(f"qatkit::{name}", shapes, lib=_LIBRARY)

@@ -4,6 +4,7 @@
 |---|---|
 | ``shrink`` | stays one call: the search of a range runs as it does eager |
 | ``round_to_grid``, ``round_unclipped`` | tensor operations, fused with those around them |
+| ``round_rows`` | one call for a kernel of taps on the CPU, which inductor gathers one by one |
 | ``round_to_grid_backward`` | on the CPU one call, so that ``x`` is kept for the backward and no \
 mask: storing masks of booleans takes inductor ten times as long as the fake quantization |
 """
@@ -113,6 +114,20 @@ def _round_to_grid_backward(
     quant_max: int,
 ) -> Tensor:
     """Return the gradient of ``x``; scale and zero point are numbers or broadcast against it."""
+    found = _passed(grad, x, scale, zero_points, zero_point, quant_min, quant_max)
+    wanted = _like_gradient(grad, x)
+    return found if found.stride() == wanted.stride() else wanted.copy_(found)
+
+
+def _passed(
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    zero_points: Tensor | None,
+    zero_point: int,
+    quant_min: int,
+    quant_max: int,
+) -> Tensor:
     if zero_points is not None:
         if zero_points.numel() > 1 or scale.numel() > 1:
             return portable.passed(grad, x, scale, zero_points, quant_min, quant_max)
@@ -127,12 +142,41 @@ def _round_to_grid_backward(
     return cpu.gate(grad, rounded, *cpu.first_outside(step, low, high))
 
 
-def _strides_of_gradient(grad: Tensor, x: Tensor, *grid: Any) -> Tensor:
-    return cpu.gate(grad, x, -1.0, 1.0)
+def _like_gradient(grad: Tensor, x: Tensor, *grid: Any) -> Tensor:
+    return torch.empty_like(x, dtype=grad.dtype)
 
 
 def _round_unclipped(x: Tensor, scale: Tensor, axis: int | None) -> Tensor:
+    if x.device.type == "cpu" and axis == 0 and _is_transposed(x) and not dispatch.is_eager_cpu(x):
+        result: Tensor = _RoundRows.apply(x, scale)
+        return result
     return dispatch.fake_quantize_unclipped(x, scale, axis)
+
+
+def _is_transposed(weight: Tensor) -> bool:
+    """Tell whether inductor, whose convolutions are channels last, moves the elements of a row."""
+    return weight.dim() > 2 and weight.shape[1] > 1 and weight[0, 0].numel() > 1
+
+
+class _RoundRows(torch.autograd.Function):
+    """One operator forward, nothing backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
+        result: Tensor = torch.ops.qatkit.round_rows(x, scale)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def _round_rows(x: Tensor, scale: Tensor) -> Tensor:
+    return dispatch.fake_quantize_unclipped(x, scale, 0)
+
+
+def _like(x: Tensor, scale: Tensor) -> Tensor:
+    return torch.empty_like(x)
 
 
 register_call(
@@ -141,8 +185,9 @@ register_call(
 register_call(
     f"round_to_grid_backward(Tensor grad, Tensor x, {GRID}) -> Tensor",
     _round_to_grid_backward,
-    _strides_of_gradient,
+    _like_gradient,
 )
+register_call("round_rows(Tensor x, Tensor scale) -> Tensor", _round_rows, _like)
 register_decomposed(f"round_to_grid(Tensor x, {GRID}, int? axis) -> Tensor", _round_to_grid)
 register_decomposed(
     "round_unclipped(Tensor x, Tensor scale, int? axis) -> Tensor", _round_unclipped

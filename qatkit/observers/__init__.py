@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qatkit.observers.eager import join_of, remember, saw_nothing
+from qatkit.observers.eager import join_of, observing_of, remember, saw_nothing
 from qatkit.observers.estimators import percentile_of
 from qatkit.observers.learned import (
     Grid,
@@ -39,6 +39,7 @@ __all__ = [
     "join_of",
     "names_of",
     "observe",
+    "observing_of",
     "percentile_of",
     "range_of",
     "remember",

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from qatkit import kernels
+from qatkit.kernels import cpu
 from qatkit.kernels.cpu.state import State
 from qatkit.observers.estimators import percentile_of
 from qatkit.observers.memory import update
@@ -18,6 +21,10 @@ def observe(x: Tensor, state: State, spec: QuantSpec) -> Range:
     """Return the range of ``x``, which joins the remembered one; see `qatkit.observers.observe`."""
     if x.numel() and kernels.is_gpu(x) and percentile_of(spec) is not None:
         return _observe_on_device(x, state, spec)
+    if x.numel() and x.dtype is torch.float32 and kernels.is_eager_cpu(x):
+        known = _observe_in_loops(x, state, spec)
+        if known is not None:
+            return known
     low, high = OBSERVERS[spec.observer].estimate(x, spec)
     if not saw_nothing(x, high):
         remember(low, high, state, spec)
@@ -40,6 +47,34 @@ def _observe_on_device(x: Tensor, state: State, spec: QuantSpec) -> Range:
 
     percentile = percentile_of(spec) or 0.0
     return gpu.observe(x, state, percentile, spec.axis, gpu.Join(*join_of(spec)))
+
+
+def _observe_in_loops(x: Tensor, state: State, spec: QuantSpec) -> Range | None:
+    """Do the same in one call, ``None`` where the data or the observer take more care."""
+    how = observing_of(spec)
+    if how is not None:
+        ends = cpu.observe(x, state, how)
+        if ends is None:
+            return None
+        low, high = (torch.tensor(end, dtype=torch.float32, device="cpu") for end in ends)
+        return low, high
+    extremes = spec.memory == "latest" and percentile_of(spec) == 0.0
+    if spec.axis == 0 and extremes and cpu.observe_rows(x, state):
+        return state[0].clone(), state[1].clone()
+    return None
+
+
+@functools.lru_cache(maxsize=1024)
+def observing_of(spec: QuantSpec) -> cpu.Observing | None:
+    """Return an observer of whole tensors in numbers, ``None`` if extremes are not enough for it.
+
+    >>> observing_of(QuantSpec()), observing_of(QuantSpec(observer="sigma"))
+    (Observing(percentile=0.01, rule='blend', least=0.001, greatest=1.0), None)
+    """
+    percentile = percentile_of(spec)
+    if spec.axis is not None or spec.memory != "running" or percentile is None:
+        return None
+    return cpu.Observing(percentile, *join_of(spec))
 
 
 def join_of(spec: QuantSpec) -> tuple[str, float, float]:

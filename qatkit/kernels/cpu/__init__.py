@@ -33,7 +33,8 @@ from qatkit.kernels.cpu.grids import (
     ActivationNumbers,
     Clip,
     GridNumbers,
-    observed_grid,
+    Observing,
+    observe,
     remembered_grid,
 )
 from qatkit.kernels.cpu.ranges import shrink, shrink_row
@@ -41,6 +42,8 @@ from qatkit.kernels.cpu.rows import (
     fake_quantize_rows,
     fake_quantize_rows_in_ranges,
     fake_quantize_rows_on_grids,
+    fake_quantize_rows_unclipped,
+    observe_rows,
 )
 from qatkit.kernels.cpu.tensors import fake_quantize_number, fake_quantize_on_grid, round_clamp
 from qatkit.kernels.portable import along
@@ -50,6 +53,7 @@ __all__ = [
     "Clip",
     "GridNumbers",
     "Kept",
+    "Observing",
     "fake_quantize",
     "fake_quantize_activated",
     "fake_quantize_on_grid",
@@ -62,7 +66,8 @@ __all__ = [
     "kept_from",
     "may_overwrite",
     "needs_gradient",
-    "observed_grid",
+    "observe",
+    "observe_rows",
     "reciprocal",
     "remembered_grid",
     "round_clamp",
@@ -104,6 +109,10 @@ def fake_quantize_unclipped(x: Tensor, scale: Tensor | float, axis: int | None) 
     """Fake-quantize ``x``, all of it inside the grid."""
     if x.dtype != torch.float32:
         return portable.fake_quantize_unclipped(x, scale, axis)
+    if axis is not None and isinstance(scale, Tensor):
+        result = fake_quantize_rows_unclipped(x, scale, axis)
+        if result is not None:
+            return result
     wide = along(scale, x, axis)
     inverse = wide.reciprocal() if isinstance(wide, Tensor) else reciprocal(wide)
     y = x.clone()

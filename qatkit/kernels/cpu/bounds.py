@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from qatkit.kernels import portable
+from qatkit.kernels.cpu.compiled import compiled_loops
 
 
 def gate(grad: Tensor, x: Tensor, below: float, above: float) -> Tensor:
@@ -24,7 +23,6 @@ def gate(grad: Tensor, x: Tensor, below: float, above: float) -> Tensor:
     return gated.to(grad.dtype)
 
 
-@functools.lru_cache(maxsize=4096)
 def first_outside(scale: float, low: int, high: int) -> tuple[float, float]:
     """Return the floats nearest to zero whose codes are below ``low`` and above ``high``.
 
@@ -34,6 +32,10 @@ def first_outside(scale: float, low: int, high: int) -> tuple[float, float]:
     >>> first_outside(1.0, -128, 127)
     (-128.50001525878906, 127.5)
     """
+    loops = compiled_loops()
+    if loops is not None:
+        below, above = loops.first_outside(scale, low, high)
+        return float(below), float(above)
     inverse = reciprocal(scale)
     return -_first_above(inverse, -low), _first_above(inverse, high)
 

@@ -18,23 +18,33 @@ from qatkit.kernels.layout import dense_order, is_dense
 _ONE = torch.Size([])
 
 
-class ActivationNumbers(NamedTuple):
-    """What a quantizer of activations does, in numbers.
+class Observing(NamedTuple):
+    """How the range of a tensor is estimated and remembered, in numbers.
 
     Attributes:
         percentile: percent of the elements that may be cut on each side.
         rule: ``blend`` or ``extremes``: how a range joins the remembered one.
         least: the smallest weight of a new range, for ``blend``.
         greatest: the largest one.
-        signed: whether there are codes below 0.
-        low: the lowest code, not above 0.
-        high: the highest code, not below 0.
     """
 
     percentile: float
     rule: str
     least: float
     greatest: float
+
+
+class ActivationNumbers(NamedTuple):
+    """What a quantizer of activations does, in numbers.
+
+    Attributes:
+        observing: the observer.
+        signed: whether there are codes below 0.
+        low: the lowest code, not above 0.
+        high: the highest code, not below 0.
+    """
+
+    observing: Observing
     signed: bool
     low: int
     high: int
@@ -67,37 +77,36 @@ class GridNumbers(NamedTuple):
     above: float
 
 
-def observed_grid(
-    x: Tensor, state: State, numbers: ActivationNumbers, clip: Clip = NO_CLIP
-) -> GridNumbers | None:
-    """Estimate the range of ``clip(x)``, let it join the remembered one, and return its grid.
+def observe(
+    x: Tensor, state: State, how: Observing, clip: Clip = NO_CLIP
+) -> tuple[float, float] | None:
+    """Estimate the range of ``clip(x)`` and let it join the remembered one.
 
     Args:
         x: float32, not empty.
         state: buffers ``(min, max, count)``: () float32 twice, () int64.
-        numbers: the observer and the grid.
+        how: the observer.
         clip: an activation that is still to come.
 
     Returns:
-        The grid. ``None``, with nothing remembered, where that takes more care, see `shrink_row`.
+        The range of ``clip(x)``. ``None``, with nothing remembered, where that takes more care, see
+        `shrink_row`.
     """
     loops = compiled_loops()
     if loops is None or not is_state(state, _ONE):
         return None
     low, high, count = state
-    memory = low.data_ptr(), high.data_ptr(), count.data_ptr()
-    how = loops.RULES[numbers.rule], numbers.least, numbers.greatest
+    join = low.data_ptr(), high.data_ptr(), count.data_ptr(), loops.RULES[how.rule], *how[2:]
     row = x if is_dense(x) else dense_order(x).contiguous()
-    if len(pieces(row.numel(), row.numel())) > 1:
-        ends = shrink_row(dense_order(row), numbers.percentile, clip)
-        if ends is None:
-            return None
-        loops.join(*ends, *memory, *how)
-        return remembered_grid(state, numbers)
-    total, most = row.numel(), portable.droppable(row.numel(), numbers.percentile)
-    codes = numbers.signed, numbers.low, numbers.high
-    usual, *grid = loops.observe(read_address(row), total, most, *clip, *memory, *how, *codes)
-    return GridNumbers(*grid) if usual else None
+    total = row.numel()
+    if len(pieces(total, total)) > 1:
+        ends = shrink_row(dense_order(row), how.percentile, clip)
+        if ends is not None:
+            loops.join(*ends, *join)
+        return ends
+    most = portable.droppable(total, how.percentile)
+    usual, *found = loops.observe(read_address(row), total, most, *clip, *join)
+    return (found[0], found[1]) if usual else None
 
 
 def remembered_grid(state: State, numbers: ActivationNumbers) -> GridNumbers | None:

@@ -24,9 +24,11 @@ def room_for(x: Tensor, parts: int = 1) -> Tensor:
 
 
 def round_and_list(
-    x: Tensor, y: Tensor, length: int, scale: Tensor, codes: tuple[int, int]
+    x: Tensor, y: Tensor, length: int, scale: Tensor, codes: tuple[float, float]
 ) -> Tensor | None:
     """Write ``x`` on the grid to ``y`` and return the places of the elements outside.
+
+    Without gradient nothing is listed.
 
     Args:
         x: float32, dense.

@@ -71,6 +71,26 @@ def fake_quantize_rows(x: Tensor, quant_max: int, state: State | None) -> Tensor
     return with_gradient(x, y)
 
 
+def observe_rows(x: Tensor, state: State) -> bool:
+    """Let the extremes of the rows of ``x`` be the remembered ranges.
+
+    Args:
+        x: (C, ...) float32, not empty.
+        state: buffers ``(min, max, count)``: (C,) float32 twice, () int64.
+
+    Returns:
+        Whether that is done; else it takes more care, and the remembered ranges mean nothing.
+    """
+    loops, rows = compiled_loops(), x.shape[0]
+    length = x.numel() // rows
+    if loops is None or not _has_rows(x, 0, length) or not is_state(state, x.shape[:1]):
+        return False
+    done: bool = loops.observe_rows(
+        read_address(x), rows, length, *(each.data_ptr() for each in state)
+    )
+    return done
+
+
 def fake_quantize_rows_in_ranges(
     x: Tensor, state: State, quant_min: int, quant_max: int
 ) -> Tensor | None:
@@ -116,12 +136,28 @@ def fake_quantize_rows_on_grids(
     x: Tensor, scale: Tensor, low: int, high: int, axis: int
 ) -> Tensor | None:
     """Fake-quantize with a scale for each row, where the rows are parts of memory."""
+    length = _length_of_rows(x, scale, axis)
+    return _round_rows(x, scale, low, high, axis, length) if length else None
+
+
+def fake_quantize_rows_unclipped(x: Tensor, scale: Tensor, axis: int) -> Tensor | None:
+    """Do the same on grids without ends; the gradient passes everywhere."""
+    length = _length_of_rows(x, scale, axis)
+    if not length:
+        return None
+    y = carrier(x)
+    round_and_list(x.detach(), y, length, scale, (-math.inf, math.inf))
+    return with_gradient(x, y)
+
+
+def _length_of_rows(x: Tensor, scale: Tensor, axis: int) -> int:
+    """Return how many neighbours in memory share a scale, 0 for too few."""
     axis = axis % x.dim()
     length = math.prod(x.shape[axis + 1 :])
     plain = x.dtype == torch.float32 and is_numbers(scale, x.shape[axis : axis + 1])
     if compiled_loops() is None or not plain or length < _SHORT or not _has_rows(x, axis, length):
-        return None
-    return _round_rows(x, scale, low, high, axis, length)
+        return 0
+    return length
 
 
 def _round_rows(x: Tensor, scale: Tensor, low: int, high: int, axis: int, length: int) -> Tensor:

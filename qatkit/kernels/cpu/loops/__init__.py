@@ -18,13 +18,14 @@ from qatkit.kernels.cpu.loops.activated import (
     unpack,
 )
 from qatkit.kernels.cpu.loops.extremes import LANES
-from qatkit.kernels.cpu.loops.grids import grid
+from qatkit.kernels.cpu.loops.grids import first_outside, grid
 from qatkit.kernels.cpu.loops.ranges import (
     BLOCK,
     RULES,
     find_peaks,
     join,
     observe,
+    observe_rows,
     shrink,
     shrink_from_peaks,
 )
@@ -42,10 +43,12 @@ __all__ = [
     "PASSING_BLOCK",
     "RULES",
     "find_peaks",
+    "first_outside",
     "grid",
     "join",
     "list_rows_outside",
     "observe",
+    "observe_rows",
     "pass_where",
     "round_activated",
     "round_clamp",

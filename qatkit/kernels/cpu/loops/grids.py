@@ -25,6 +25,12 @@ def grid(low, high, signed, quant_min, quant_max):
     return grid_of(ends[0], ends[1], signed, quant_min, quant_max)
 
 
+@compiled
+def first_outside(scale, quant_min, quant_max):
+    """Return `qatkit.kernels.cpu.bounds.first_outside`."""
+    return ends_of_grid(F32(scale), quant_min, quant_max)
+
+
 @inner
 def symmetric_scale(low, high, signed, quant_max):
     """Return the scale for a range; see `qatkit.functional.qparams`."""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from qatkit.kernels.cpu.loops.extremes import LANES, lane_extremes
-from qatkit.kernels.cpu.loops.grids import grid_of
+from qatkit.kernels.cpu.loops.extremes import LANES, extremes, lane_extremes
 from qatkit.kernels.cpu.loops.memory import F32, INFINITY, compiled, floats, inner, integers
 from qatkit.kernels.portable import LAST_BIN
 
@@ -23,22 +22,9 @@ RULES = {"blend": 0, "extremes": 1}
 
 @compiled
 def observe(
-    x,
-    length,
-    most,
-    floor,
-    ceiling,
-    remembered_low,
-    remembered_high,
-    batches,
-    rule,
-    least,
-    greatest,
-    signed,
-    quant_min,
-    quant_max,
+    x, length, most, floor, ceiling, remembered_low, remembered_high, batches, rule, least, greatest
 ):
-    """Estimate a range, let it join the remembered one, and return the grid of that.
+    """Estimate a range as `shrink` does and let it join the remembered one.
 
     Args:
         x: address of (N,).
@@ -52,21 +38,14 @@ def observe(
         rule: one of `RULES`.
         least: the smallest weight of a new range, for ``blend``.
         greatest: the largest one.
-        signed: whether there are codes below 0.
-        quant_min: lowest code.
-        quant_max: highest code.
 
     Returns:
-        ``(usual, scale, below, above)``; nothing is remembered if ``usual`` is false, see
-        `shrink`. For the last two see `qatkit.kernels.cpu.bounds.first_outside`.
+        ``(usual, low, high)``, as `shrink`; nothing is remembered if ``usual`` is false.
     """
     usual, low, high = _shrink(floats(x, length), most, F32(floor), F32(ceiling))
-    if not usual:
-        return False, F32(1), F32(0), F32(0)
-    _join(low, high, remembered_low, remembered_high, batches, rule, F32(least), F32(greatest))
-    ends = floats(remembered_low, 1)[0], floats(remembered_high, 1)[0]
-    scale, below, above = grid_of(ends[0], ends[1], signed, quant_min, quant_max)
-    return True, scale, below, above
+    if usual:
+        _join(low, high, remembered_low, remembered_high, batches, rule, F32(least), F32(greatest))
+    return usual, low, high
 
 
 @compiled
@@ -120,6 +99,31 @@ def _shrink(x, most, floor, ceiling):
     low_peaks, high_peaks = np.empty(blocks, np.float32), np.empty(blocks, np.float32)
     finite = _find_peaks(x, low_peaks, high_peaks)
     return _shrink_from_peaks(x, most, low_peaks, high_peaks, finite, floor, ceiling)
+
+
+@compiled
+def observe_rows(x, rows, length, low, high, batches):
+    """Write the extremes of each row to ``low`` and ``high`` and count one batch.
+
+    Args:
+        x: address of (R, M).
+        rows: R.
+        length: M > 0.
+        low: address of (R,).
+        high: address of (R,).
+        batches: address of the number of batches, int64.
+
+    Returns:
+        Whether all elements are finite; else the ranges mean nothing, and no batch is counted.
+    """
+    x_RM, lows, highs = floats(x, (rows, length)), floats(low, rows), floats(high, rows)
+    lanes = np.empty((3, LANES), np.float32)
+    for r in range(rows):
+        lows[r], highs[r], finite = extremes(x_RM[r], lanes)
+        if not finite:
+            return False
+    integers(batches, 1)[0] += 1
+    return True
 
 
 @compiled
